@@ -1,0 +1,52 @@
+"""Thin mains: flags, then one call. `launch` is the border where a user's mistake becomes one line."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+
+
+def launch(main: Callable[[], Any]) -> None:
+    """Parses the flags and runs main(); what the user got wrong ends in one line and exit code 2."""
+
+    logging.set_verbosity(logging.ERROR)  # the libraries below talk of every file that they write
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+            if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+                flags.FLAGS.config.keys()  # a config file that is missing fails only when it is read
+        except (flags.Error, AttributeError, KeyError, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
+            _refuse(error)
+        if rest[1:]:
+            _refuse(ValueError(f"Unexpected argument '{rest[1]}': flags are written --name=value."))
+        return rest
+
+    def guarded(argv: list[str]) -> None:
+        del argv
+        from textgen.config import UserError
+        from textgen.train import Interrupted
+
+        try:
+            main()
+        except UserError as error:
+            _refuse(error)
+        except Interrupted as stop:
+            print(f"Stopped after step {stop.step}; everything so far is saved. To go on, run the same command again:")
+            print("  python -m " + " ".join([_module(), *sys.argv[1:]]))
+            sys.exit(130)
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _module() -> str:
+    return "experiments." + sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
+
+
+def _refuse(error: BaseException) -> None:
+    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
+    print(f"error: {' '.join(str(text).split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,29 @@
+"""Trains a model: python -m experiments.train --config=configs/shakespeare.py --workdir=runs/shakespeare"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import launch
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to run, FILE.py or FILE.py:argument.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder. Default: runs/ and the config's name.")
+flags.mark_flag_as_required("config")
+
+
+def main() -> None:
+    from textgen import config, logs, parallel, run
+
+    run.use_compilation_cache()
+    parallel.initialize_distributed()
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    overrides = config_flags.get_override_values(flags.FLAGS["config"])
+    workdir = _WORKDIR.value or Path("runs") / Path(file.replace(":", "-").replace(".py", "")).name
+    session = run.Session(config.from_dict(_CONFIG.value), workdir, overrides)
+    logs.console.print(session.describe())
+    session.run()
+
+
+if __name__ == "__main__":
+    launch(main)

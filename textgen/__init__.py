@@ -1,0 +1,43 @@
+"""textgen: train, sample from and honestly compare autoregressive sequence models in JAX and Flax.
+
+    lm = textgen.load("runs/shakespeare")
+    lm.generate("ROMEO:", length=200, temperature=0.8)
+    lm.score("To be, or not to be")
+
+The house, from the ground up; a module imports only lower layers:
+
+    0  config       the strict border: ConfigDict -> frozen dataclasses
+       plays        Shakespeare's plays from a package
+       tokenizers   characters, bytes, words, BPE
+       logs         metrics.jsonl, TensorBoard, progress
+    1  corpora      named texts, or any file or folder
+       data         tokens; which of them a step sees
+       models/      backbones behind one contract, and the shell around them
+       sampling     transformations of logits, and the draw
+       generate     prefill, then one scan over any step function
+       objectives   next-token nats
+       optimizers   config -> optax
+       parallel     the mesh, and where every array lives
+    2  checkpoints  a run's folder
+       evaluate     how well a text is predicted
+    3  train        the jitted step and the loop
+    4  run          wiring
+
+Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
+width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.
+"""
+
+__all__ = ["UserError", "load"]
+
+
+def __getattr__(name: str):
+    # Imported on first use: `import textgen` alone costs nothing.
+    if name == "load":
+        from textgen.run import load
+
+        return load
+    if name == "UserError":
+        from textgen.config import UserError
+
+        return UserError
+    raise AttributeError(f"module 'textgen' has no attribute '{name}'")

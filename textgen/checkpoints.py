@@ -1,0 +1,177 @@
+"""A run's folder: its config, its tokenizer, and checkpoints that are whole or not there."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from textgen import config as config_lib
+from textgen import tokenizers
+from textgen.config import Config, UserError, require
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that is the old one or the new one whatever happens meanwhile."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"'{path}' cannot be written: {error.strerror}.") from error
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The contents of one of a run's own files.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"'{path.parent}' is no run of this project: it has no {path.name} ({what}).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"'{path}' ({what}) is damaged: {error}. Restore it, or train again in another workdir.") from None
+
+
+def save_setup(workdir: Path, config: Config, changes: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
+    """Writes config.json, the differences from the config file, and tokenizer.json."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The workdir '{workdir}' cannot be made: {error.strerror}.") from None
+    write_json(workdir / "overrides.json", dict(changes))
+    write_json(workdir / "tokenizer.json", tokenizer.state())
+    write_json(workdir / "config.json", config_lib.to_dict(config))
+
+
+def load_config(workdir: Path) -> Config:
+    """The config of a run. Raises UserError where there is none, or a damaged one."""
+    require(workdir.is_dir(), f"There is no workdir '{workdir}'.")
+    return config_lib.from_dict(read_json(workdir / "config.json", "its config"))
+
+
+def load_tokenizer(workdir: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of a run."""
+    state = read_json(workdir / "tokenizer.json", "its tokenizer")
+    try:
+        return tokenizers.from_state(state)
+    except Exception as error:
+        raise UserError(f"'{workdir / 'tokenizer.json'}' (its tokenizer) is damaged: {error!r}.") from None
+
+
+class Checkpoints:
+    """The checkpoints of a run: the latest few, and the best by validation loss.
+
+    Orbax writes them in the background, to a temporary folder that is renamed when whole.
+    """
+
+    def __init__(self, workdir: Path, keep: int = 2, *, read_only: bool = False):
+        import orbax.checkpoint as ocp  # slow to import: only where it is used
+        from orbax.checkpoint import checkpoint_managers as policies
+
+        self._ocp = ocp
+        self.folder = (workdir / "checkpoints").absolute()
+        best = policies.BestN(get_metric_fn=lambda metrics: metrics["eval/loss"], n=1, reverse=True)
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only and jax.process_count() == 1,
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        )
+        require(not read_only or self.folder.is_dir(), f"'{workdir}' holds no checkpoints yet: train first.")
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint, in order."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step of the least validation loss among those kept."""
+        losses = {}
+        for step in self.steps():
+            metrics = self._manager.metrics(step) or {}
+            if np.isfinite(metrics.get("eval/loss", np.inf)):
+                losses[step] = metrics["eval/loss"]
+        return min(losses, key=losses.__getitem__) if losses else None
+
+    def save(self, step: int, state: Any, eval_loss: float | None) -> None:
+        """Begins to write a checkpoint; returns when the state may change again.
+
+        Raises:
+          UserError: the disk is full, or the folder cannot be written. What was saved before stays.
+        """
+        if step in self._manager.all_steps():
+            return
+        args = self._ocp.args
+        try:
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    params=args.StandardSave(state.eval_params), state=args.StandardSave(_as_dict(state))
+                ),
+                metrics={"eval/loss": float("inf") if eval_loss is None else eval_loss},
+            )
+        except Exception as error:
+            raise self._cannot_write(step, error) from error
+
+    def wait(self) -> None:
+        """Waits until everything is on the disk. Raises UserError when it could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._cannot_write(None, error) from error
+
+    def _cannot_write(self, step: int | None, error: Exception) -> UserError:
+        free = shutil.disk_usage(self.folder if self.folder.is_dir() else self.folder.parent).free
+        kept = [s for s in self.steps() if s != step]
+        return UserError(
+            f"The checkpoint could not be written to '{self.folder}' ({_first_line(error)}; {free / 1e6:.0f} MB free). "
+            f"Whole and kept: {f'step {kept[-1]}' if kept else 'none'}. Make room, then run the same command again."
+        )
+
+    def restore_state(self, step: int, abstract: Any) -> Any:
+        """The training state of a step, placed as `abstract` says.
+
+        Raises:
+          UserError: the checkpoint is damaged, or of another model.
+        """
+        tree = self._restore(step, "state", _as_dict(abstract))
+        return abstract.replace(**tree)
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """The parameters to evaluate and sample with: the averaged ones where the run keeps an average."""
+        return self._restore(step, "params", abstract)
+
+    def _restore(self, step: int, item: str, abstract: Any) -> Any:
+        args = self._ocp.args
+        try:
+            restored = self._manager.restore(step, args=args.Composite(**{item: args.StandardRestore(abstract)}))
+        except Exception as error:
+            raise UserError(
+                f"The checkpoint of step {step} in '{self.folder}' is damaged, or not of this model "
+                f"({_first_line(error)}). Delete the folder '{self.folder / str(step)}' to go on from an earlier one."
+            ) from error
+        return restored[item]
+
+    def close(self) -> None:
+        self._manager.close()
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+    """A state's fields that hold something, by name."""
+    return {name: value for name, value in vars(state).items() if value is not None}
+
+
+def _first_line(error: BaseException) -> str:
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,134 @@
+"""How well a model predicts a text: every token once, in windows or as one stream."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from textgen.config import require
+from textgen.data import Split, Tokens
+from textgen.models import LanguageModel
+from textgen.objectives import next_token_nats
+
+STREAM_CHUNK = 256  # tokens per call when a text is read as one stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The loss of a model on a text.
+
+    Attributes:
+      loss: mean nats per token.
+      tokens: predictions made: every token but the first.
+      characters, bytes: the text that they stand for.
+      standard_error: of the loss, from the spread between blocks of 512 tokens; nats per token.
+      by_position: mean nats of the predictions from 1, 2, 3-4, 5-8, ... tokens of a window.
+    """
+
+    loss: float
+    tokens: int
+    characters: int
+    bytes: int
+    standard_error: float
+    by_position: dict[str, float]
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    @property
+    def bits_per_character(self) -> float:
+        return self.loss * self.tokens / self.characters / math.log(2)
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss * self.tokens / self.bytes / math.log(2)
+
+    def metrics(self, prefix: str = "eval/") -> dict[str, float]:
+        """The scalars, under names for logs."""
+        names = ("loss", "bits_per_character", "bits_per_byte", "perplexity")
+        return {prefix + name: getattr(self, name) for name in names}
+
+
+class Evaluator:
+    """Compiled evaluation of one model. The result does not depend on the batch size."""
+
+    def __init__(self, model: LanguageModel, *, window: int, batch_size: int):
+        self.model, self.window, self.batch_size = model, window, batch_size
+
+        def in_windows(params: Any, windows: Any) -> Any:
+            windows = windows.astype(jnp.int32)
+            logits, _ = model.apply({"params": params}, windows[:, :-1])
+            return next_token_nats(logits, windows[:, 1:])
+
+        def in_stream(params: Any, tokens: Any, targets: Any, carry: Any, length: Any) -> Any:
+            logits, carry = model.apply({"params": params}, tokens, carry, length)
+            return next_token_nats(logits, targets), carry
+
+        self._in_windows = jax.jit(in_windows)
+        self._in_stream = jax.jit(in_stream, donate_argnums=3)
+
+    def window_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "N"]:
+        """-ln p of every token but the first, each predicted from its own window alone."""
+        window, rows = self.window, self.batch_size
+        count = len(tokens) - 1
+        windows = -(-count // window)
+        padded = np.zeros(-(-windows // rows) * rows * window + 1, tokens.dtype)
+        padded[: len(tokens)] = tokens
+        starts = np.arange(0, len(padded) - 1, window).reshape(-1, rows)
+        # Two batches are under way while a third is read, and no more are held.
+        waiting, nats = [], []
+        for some in starts:
+            waiting.append(self._in_windows(params, padded[some[:, None] + np.arange(window + 1)]))
+            if len(waiting) > 2:
+                nats.append(np.asarray(waiting.pop(0)).ravel())
+        nats += [np.asarray(part).ravel() for part in waiting]
+        return np.concatenate(nats)[:count]
+
+    def stream_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "N"]:
+        """-ln p of every token but the first, each predicted from all that came before it.
+
+        A Transformer sees as much of it as its context holds.
+
+        Raises:
+          UserError: the text outruns learned positions.
+        """
+        count, limit = len(tokens) - 1, self.model.max_positions
+        require(limit is None or count <= limit,
+                f"Learned positions end at {limit}, and the text has {count + 1} tokens: it cannot be read as one stream.")  # fmt: skip
+        chunk = min(STREAM_CHUNK, 1 << max(count - 1, 0).bit_length())
+        carry = jax.jit(lambda: self.model.init_carry(1, count))()  # buffers of its own, to be donated
+        nats = []
+        for start in range(0, count, chunk):
+            part = np.zeros((1, chunk + 1), np.int32)
+            length = min(chunk, count - start)
+            part[0, : length + 1] = tokens[start : start + length + 1]
+            some, carry = self._in_stream(params, part[:, :-1], part[:, 1:], carry, np.array([length], np.int32))
+            nats.append(some)
+        return np.concatenate([np.asarray(part)[0] for part in nats])[:count]
+
+
+def report(nats: Float[np.ndarray, "N"], split: Split, window: int | None = None) -> Report:
+    """Sums up what the predictions of a split cost; by position where they were made in windows."""
+    nats = np.asarray(nats, np.float64)
+    share = len(nats) / max(len(split.tokens) - 1, 1)  # of the split, when only its start was read
+    blocks = nats[: len(nats) // 512 * 512].reshape(-1, 512).mean(1)
+    error = float(blocks.std(ddof=1) / math.sqrt(len(blocks))) if len(blocks) > 1 else math.nan
+    places: dict[str, float] = {}
+    if window is not None:
+        position = np.arange(len(nats)) % window + 1
+        high = 1
+        while high // 2 < window:
+            here = (position > high // 2) & (position <= high)
+            if here.any():
+                low, top = high // 2 + 1, min(high, window)
+                places[str(low) if low == top else f"{low}-{top}"] = float(nats[here].mean())
+            high *= 2
+    return Report(
+        loss=float(nats.mean()), tokens=len(nats), characters=max(round(split.characters * share), 1),
+        bytes=max(round(split.bytes * share), 1), standard_error=error, by_position=places,
+    )  # fmt: skip

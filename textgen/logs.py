@@ -1,0 +1,140 @@
+"""metrics.jsonl, TensorBoard and the progress display, behind one writer."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+from tensorboardX import summary as tbx_summary
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Writer:
+    """Writes one run's scalars, texts and histograms. metrics.jsonl is the truth; TensorBoard shows it."""
+
+    def __init__(self, workdir: Path, start_step: int):
+        """Opens the logs of a run that begins, or goes on, at `start_step`; what lies beyond it goes."""
+        self.workdir = workdir
+        _forget_after(workdir, start_step)
+        self._rows = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
+        # purge_step tells a TensorBoard that is open already to drop what lies beyond.
+        self._board = SummaryWriter(str(workdir), purge_step=start_step, flush_secs=10)
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A row of metrics.jsonl, and a point of each curve. What is not finite is null in the row."""
+        row = {"step": step, **{k: v if math.isfinite(v) else None for k, v in metrics.items()}}
+        self._rows.write(json.dumps(row) + "\n")
+        self._rows.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text, shown as it is: the tab renders Markdown, so each line is indented into a block."""
+        self._board.add_text(name, "\n".join("    " + line for line in text.split("\n")), step)
+
+    def histogram(self, step: int, name: str, values: np.ndarray) -> None:
+        self._board.add_histogram(name, values, step)
+
+    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The run's settings and final metrics for the HParams tab, in the run's own folder.
+
+        The experiment's summary is left out on purpose: with several runs TensorBoard would show
+        the columns of one of them only; without it, it works out the columns from all.
+        """
+        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None}
+        _, started, ended = tbx_summary.hparams(plain, dict(metrics))
+        for event in (started, ended):
+            self._board.file_writer.add_summary(event)
+
+    def flush(self) -> None:
+        self._board.flush()
+
+    def close(self) -> None:
+        self._rows.close()
+        self._board.close()
+
+
+def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a last one that was cut off is left out."""
+    rows = []
+    path = workdir / "metrics.jsonl"
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _forget_after(workdir: Path, step: int) -> None:
+    """Drops what was logged beyond `step` by a process that died after its last checkpoint.
+
+    TensorBoard itself forgets such points only of curves that are written again, so the event
+    files are copied without them.
+    """
+    rows = [row for row in read_metrics(workdir) if row["step"] <= step]
+    path = workdir / "metrics.jsonl"
+    if path.is_file():
+        temporary = path.with_name("metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.replace(path)
+    files = sorted(workdir.glob("events.out.tfevents.*"))
+    if not files:
+        return
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    for file in files:
+        events = list(RawEventFileLoader(str(file)).Load())
+        kept = [e for e in events if _keep(Event.FromString(e), step)]
+        if len(kept) < len(events):
+            temporary = file.with_name("copy.tmp")
+            with temporary.open("wb") as stream:
+                writer = RecordWriter(stream)
+                for event in kept:
+                    writer.write(event)
+            temporary.replace(file)
+
+
+def _keep(event: Any, step: int) -> bool:
+    hparams = any(value.tag.startswith("_hparams_/") for value in event.summary.value)
+    return event.step <= step and not hparams
+
+
+class Display:
+    """A progress bar in a terminal; elsewhere a line now and then."""
+
+    def __init__(self, total: int, start: int):
+        self._total, self._plain = total, not console.is_terminal
+        self._printed = start
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(), TextColumn("left"), console=console, disable=self._plain, transient=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=total, completed=start, note="compiling ...")
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.stop()
+
+    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
+        note = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+        self._progress.update(self._task, completed=step, note=note)
+        if self._plain and (step - self._printed >= self._total / 20 or step == self._total):
+            self._printed = step
+            left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
+            console.print(f"step {step}/{self._total}  {note}  {left} left")
+
+    def print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)

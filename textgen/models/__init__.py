@@ -1,0 +1,41 @@
+"""Architectures. A new one is a file beside these and a line in BACKBONES.
+
+A backbone is a Linen module that turns a sequence into a sequence and carries its past:
+
+    from_config(config, context) -> backbone
+    init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf
+    backbone(x [B, T, D], carry | None, lengths [B] | None, train=...) -> (y [B, T, D], carry | None)
+    max_positions -> int | None                         the longest sequence, if there is one
+
+No carry in (a fresh sequence), none out. The contract is tested for every name in BACKBONES.
+"""
+
+import jax.numpy as jnp
+
+from textgen.config import Config, did_you_mean, require
+from textgen.models.language_model import LanguageModel
+from textgen.models.lstm import LSTM
+from textgen.models.transformer import Transformer
+
+BACKBONES = {"lstm": LSTM, "transformer": Transformer}
+
+__all__ = ["BACKBONES", "LanguageModel", "build"]
+
+
+def build(config: Config, vocab_size: int) -> LanguageModel:
+    """The language model that a config describes.
+
+    Raises:
+      UserError: no architecture has that name.
+    """
+    model = config.model
+    require(model.backbone in BACKBONES,
+            f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, BACKBONES)}")  # fmt: skip
+    return LanguageModel(
+        backbone=BACKBONES[model.backbone].from_config(model, config.context),
+        vocab_size=vocab_size,
+        width=model.width,
+        norm=model.norm,
+        tie_embedding=model.tie_embedding,
+        dtype=jnp.dtype(model.compute_dtype),
+    )

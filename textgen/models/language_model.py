@@ -1,0 +1,91 @@
+"""The shell that every architecture shares: embedding -> backbone -> final norm -> head."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from textgen.models.layers import Linear, Norm
+
+Carry = Any  # the backbone's own pytree; the batch is the first axis of every leaf
+
+
+class LanguageModel(nn.Module):
+    """Predicts each next token from those before it.
+
+    One call serves training (a whole window, no carry), prefill (a prompt, an empty carry) and
+    decoding (one token, the carry so far).
+    """
+
+    backbone: nn.Module
+    vocab_size: int
+    width: int
+    norm: str = "rmsnorm"
+    tie_embedding: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
+        self.final_norm = Norm(self.norm)
+        if not self.tie_embedding:
+            self.head = Linear(self.vocab_size, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence, in tokens; None: there is none."""
+        return self.backbone.max_positions
+
+    def init_carry(self, batch_size: int, max_length: int) -> Carry:
+        """An empty past for `batch_size` rows, with room for `max_length` tokens where room is needed."""
+        return self.backbone.init_carry(batch_size, max_length)
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        carry: Carry = None,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Carry]:
+        """What the head reads: the normalised output of the backbone at every token."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.dtype)
+        y, carry = self.backbone(x, carry, lengths, train=train)
+        return self.final_norm(y), carry
+
+    def logits(self, y: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Unnormalised log-probabilities of the next token, float32."""
+        if not self.tie_embedding:
+            return self.head(y).astype(jnp.float32)
+        flat = y.reshape(-1, self.width) @ self.embedding.T.astype(self.dtype)
+        return flat.reshape(*y.shape[:-1], self.vocab_size).astype(jnp.float32)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        carry: Carry = None,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T V"], Carry]:
+        """Logits of the token after each of `tokens`, and the past with them added.
+
+        Args:
+          tokens: [B, T] ids.
+          carry: the past, from `init_carry` or an earlier call. None: a fresh sequence, and no
+            carry comes back.
+          lengths: [B] how many of each row's tokens are real; what comes after them changes
+            nothing. None: all.
+          train: draw dropout from the "dropout" stream.
+        """
+        y, carry = self.features(tokens, carry, lengths, train=train)
+        return self.logits(y), carry
+
+    def next_token(
+        self, tokens: Int[Array, "B T"], carry: Carry, lengths: Int[Array, "B"] | None = None
+    ) -> tuple[Float[Array, "B V"], Carry]:
+        """Logits after each row's last real token alone, so that a prefill holds no [B, T, V]."""
+        y, carry = self.features(tokens, carry, lengths)
+        last = y.shape[1] - 1 if lengths is None else lengths - 1
+        y = y[:, -1] if lengths is None else jnp.take_along_axis(y, last[:, None, None], axis=1)[:, 0]
+        return self.logits(y), carry

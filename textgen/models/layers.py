@@ -1,0 +1,68 @@
+"""What every architecture is built of: linear maps, norms, dropout."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class Linear(nn.Module):
+    """y = x W (+ b) over the last axis, as one matrix product.
+
+    The leading axes are flattened first: XLA's CPU backend computes the weight gradient of a
+    two-dimensional product twice as fast as that of a batched one.
+    """
+
+    features: int
+    use_bias: bool = False
+    kernel_init: Initializer = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
+        return y.reshape(*x.shape[:-1], self.features)
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), computed in float32."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        y = x.astype(jnp.float32)
+        if self.kind == "layernorm":
+            y = y - jnp.mean(y, -1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + 1e-6) * scale
+        if self.kind == "layernorm":
+            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+        return y.astype(x.dtype)
+
+
+class Dropout(nn.Module):
+    """Zeroes a fraction of x and scales the rest up; `shared` axes have one mask.
+
+    The rate is rounded to 1/256, so that one random byte decides: the random bits are what
+    dropout costs, and this takes a quarter of them.
+    """
+
+    rate: float
+    shared: tuple[int, ...] = ()
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."], train: bool) -> Float[Array, "..."]:
+        kept = 256 - round(self.rate * 256)
+        if not train or kept == 256:
+            return x
+        shape = tuple(1 if axis in self.shared else n for axis, n in enumerate(x.shape))
+        words = (*shape[:-1], -(-shape[-1] // 4))
+        bits = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
+        mask = jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]] < kept
+        return jnp.where(mask, x * (256 / max(kept, 1)), 0).astype(x.dtype)

@@ -1,0 +1,191 @@
+"""A stack of LSTM layers (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from textgen.config import ModelConfig
+from textgen.models.layers import Dropout
+
+Carry = tuple[tuple[Float[Array, "B D"], Float[Array, "B D"]], ...]  # (h, c) of each layer
+
+
+class LSTM(nn.Module):
+    """The backbone. Its carry is (h, c) per layer; it has no longest sequence.
+
+    Dropout draws one mask per sequence for each layer's output and holds it over time, and
+    leaves the recurrent connections alone (Gal and Ghahramani 2016, on the vertical path).
+    """
+
+    width: int
+    layers: int
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, context: int) -> "LSTM":
+        del context  # an LSTM's memory has no edge
+        return cls(config.width, config.layers, config.dropout, config.remat, jnp.dtype(config.compute_dtype))
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence, in tokens; None: there is none."""
+        return None
+
+    def init_carry(self, batch_size: int, max_length: int) -> Carry:
+        """An empty past. Its size does not depend on `max_length`."""
+        del max_length
+        zeros = jnp.zeros((batch_size, self.width), jnp.float32)
+        return ((zeros, zeros),) * self.layers
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        carry: Carry | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Carry | None]:
+        layer = nn.remat(Layer) if self.remat else Layer
+        states = self.init_carry(x.shape[0], 0) if carry is None else carry
+        new_states = []
+        for i, state in enumerate(states):
+            x, state = layer(self.width, self.dtype, name=f"layer_{i}")(x, state, lengths)
+            x = Dropout(self.dropout, shared=(1,), name=f"dropout_{i}")(x, train)
+            new_states.append(state)
+        return x, None if carry is None else tuple(new_states)
+
+
+class Layer(nn.Module):
+    """One LSTM layer over time."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], state: Any, lengths: Any) -> tuple[Float[Array, "B T D"], Any]:
+        rows, steps, inputs = x.shape
+        width = self.width
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+        kernel = self.param("kernel", init, (inputs, 4 * width), jnp.float32)
+        recurrent = self.param("recurrent", _orthogonal_gates, (width, 4 * width), jnp.float32)
+        bias = self.param("bias", _forget_bias, (4 * width,), jnp.float32)
+
+        x = jnp.swapaxes(x, 0, 1).reshape(steps * rows, inputs)  # time first: a scan reads whole slices
+        projected = x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        projected = projected.reshape(steps, rows, 4 * width)  # [T, B, 4D]
+        if lengths is None:
+            hidden, state = recurrence(projected, recurrent.astype(self.dtype), *state)
+        else:
+            hidden, state = _ragged(projected, recurrent.astype(self.dtype), state, lengths)
+        return jnp.swapaxes(hidden, 0, 1), state
+
+
+def _orthogonal_gates(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "D F"]:
+    """Each gate's recurrent matrix is orthogonal (Saxe et al. 2014)."""
+    init = nn.initializers.orthogonal()
+    return jnp.concatenate([init(k, (shape[0], shape[1] // 4), dtype) for k in jax.random.split(key, 4)], axis=1)
+
+
+def _forget_bias(key: Array, shape: tuple[int], dtype: Any) -> Float[Array, "F"]:
+    """Forget gates begin open (Jozefowicz et al. 2015): bias 1 there, 0 elsewhere."""
+    del key
+    width = shape[0] // 4
+    return jnp.zeros(shape, dtype).at[width : 2 * width].set(1)
+
+
+def _gates(z: Float[Array, "B F"]) -> Float[Array, "B F"]:
+    """sigmoid, sigmoid, tanh, sigmoid of the quarters i, f, g, o: one tanh over the whole row.
+
+    sigmoid(z) = tanh(z / 2) / 2 + 1/2. The barrier keeps XLA's CPU backend from computing the
+    gates once more for each of their uses.
+    """
+    width = z.shape[-1] // 4
+    scale = jnp.ones((4 * width,), z.dtype).at[: 2 * width].set(0.5).at[3 * width :].set(0.5)
+    return jax.lax.optimization_barrier(jnp.tanh(z * scale) * scale + (1 - scale))
+
+
+def _cell(z: Float[Array, "B F"], c: Float[Array, "B D"]) -> tuple[Any, Any, Any]:
+    """(h, c, gates) after one step, from the pre-activations z = x W + h R + b."""
+    gates = _gates(z)
+    i, f, g, o = jnp.split(gates, 4, -1)
+    c = jax.lax.optimization_barrier((f * c + i * g).astype(c.dtype))
+    return (o * jnp.tanh(c)).astype(z.dtype), c, gates
+
+
+@jax.custom_vjp
+def recurrence(
+    projected: Float[Array, "T B F"],
+    recurrent: Float[Array, "D F"],
+    h: Float[Array, "B D"],
+    c: Float[Array, "B D"],
+) -> tuple[Float[Array, "T B D"], tuple[Float[Array, "B D"], Float[Array, "B D"]]]:
+    """Runs one layer over time from its input projections x W + b.
+
+    Its backward pass keeps the gates, and computes the gradient of the recurrent weights as one
+    matrix product after the scan instead of one in every step.
+    """
+    return _forward(projected, recurrent, h, c)[0]
+
+
+def _forward(projected: Any, recurrent: Any, h: Any, c: Any) -> tuple[Any, Any]:
+    def step(state: Any, p: Any) -> tuple[Any, Any]:
+        h, c_old = state
+        h, c, gates = _cell(p + h.astype(p.dtype) @ recurrent, c_old)
+        return (h, c), (h, c_old, gates)
+
+    start = (h.astype(projected.dtype), c)
+    if projected.shape[0] == 1:  # decoding: a scan of one step has a price
+        last, (hidden, c_old, gates) = step(start, projected[0])
+        hidden, c_old, gates = hidden[None], c_old[None], gates[None]
+    else:
+        last, (hidden, c_old, gates) = jax.lax.scan(step, start, projected)
+    saved = (recurrent, h, c, last[1], hidden, c_old, gates)
+    return (hidden, (last[0].astype(h.dtype), last[1])), saved
+
+
+def _backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
+    recurrent, h, c, c_last, hidden, c_old, gates = saved
+    d_hidden, (d_h, d_c) = cotangents
+    transposed = recurrent.T
+    c_new = jnp.concatenate([c_old[1:], c_last[None]])
+
+    def step(carry: Any, saved: Any) -> tuple[Any, Any]:
+        d_h, d_c = carry
+        d_y, c_old, c_new, gates = saved
+        i, f, g, o = jnp.split(gates, 4, -1)
+        t = jnp.tanh(c_new)
+        d_h = d_h + d_y
+        d_c = d_c + d_h * o * (1 - t * t)
+        d_gates = (d_c * g * i * (1 - i), d_c * c_old * f * (1 - f), d_c * i * (1 - g * g), d_h * t * o * (1 - o))
+        d_z = jax.lax.optimization_barrier(jnp.concatenate(d_gates, -1).astype(gates.dtype))
+        return (d_z @ transposed, (d_c * f).astype(d_c.dtype)), d_z
+
+    start = (d_h.astype(hidden.dtype), d_c)
+    (d_h, d_c), d_z = jax.lax.scan(step, start, (d_hidden, c_old, c_new, gates), reverse=True)
+    h_old = jnp.concatenate([h[None].astype(hidden.dtype), hidden[:-1]])
+    width, features = recurrent.shape
+    d_recurrent = h_old.reshape(-1, width).T @ d_z.reshape(-1, features)
+    return d_z, d_recurrent, d_h.astype(h.dtype), d_c
+
+
+recurrence.defvjp(_forward, _backward)
+
+
+def _ragged(projected: Any, recurrent: Any, state: Any, lengths: Int[Array, "B"]) -> tuple[Any, Any]:
+    """The same, where row i stops changing its state after lengths[i] steps."""
+
+    def step(state: Any, inputs: Any) -> tuple[Any, Any]:
+        t, p = inputs
+        h, c, _ = _cell(p + state[0].astype(p.dtype) @ recurrent, state[1])
+        alive = (t < lengths)[:, None]
+        state = (jnp.where(alive, h.astype(state[0].dtype), state[0]), jnp.where(alive, c, state[1]))
+        return state, h
+
+    state, hidden = jax.lax.scan(step, state, (jnp.arange(projected.shape[0]), projected))
+    return hidden, state

@@ -1,0 +1,206 @@
+"""A pre-norm Transformer decoder (Vaswani et al. 2017; Radford et al. 2019).
+
+Rotary positions: Su et al. 2021. Grouped-query attention: Ainslie et al. 2023. SwiGLU: Shazeer
+2020. Squared ReLU: So et al. 2021. Normalised queries and keys: Henry et al. 2020.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from textgen.config import ModelConfig, TransformerConfig
+from textgen.models.layers import Dropout, Linear, Norm
+
+
+@flax.struct.dataclass
+class Carry:
+    """The past of each row: a ring of the last S keys and values of every layer.
+
+    All rows write the same slot, so a step is one slice update and no scatter. A ragged call
+    shifts each row to end at the same slot; from then on the rows agree.
+
+    Attributes:
+      memory: for each layer (keys [B, G, S, K], values [B, G, S, K]).
+      position: [B] tokens that the row has seen.
+      written: [B] where the next slot is, before it is taken modulo S; equal in all rows.
+    """
+
+    memory: tuple[tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]], ...]
+    position: Int[Array, "B"]
+    written: Int[Array, "B"]
+
+
+class Transformer(nn.Module):
+    """The backbone. Each token attends to the last `context` tokens, itself included."""
+
+    width: int
+    layers: int
+    context: int
+    options: TransformerConfig
+    norm: str = "rmsnorm"
+    dropout: float = 0.0
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, context: int) -> "Transformer":
+        return cls(config.width, config.layers, context, config.transformer, config.norm, config.dropout,
+                   config.remat, jnp.dtype(config.compute_dtype))  # fmt: skip
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence, in tokens; None: there is none, the window slides on."""
+        return self.context if self.options.positions == "learned" else None
+
+    def init_carry(self, batch_size: int, max_length: int) -> Carry:
+        """An empty past with room for `max_length` tokens, or for the context where that is less."""
+        groups, key_width = self.options.kv_heads or self.options.heads, self.width // self.options.heads
+        empty = jnp.zeros((batch_size, groups, min(max_length, self.context), key_width), self.dtype)
+        zeros = jnp.zeros((batch_size,), jnp.int32)
+        return Carry(((empty, empty),) * self.layers, zeros, zeros)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        carry: Carry | None = None,
+        lengths: Int[Array, "B"] | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Carry | None]:
+        steps = x.shape[1]
+        first = jnp.zeros((1,), jnp.int32) if carry is None else carry.position
+        positions = first[:, None] + jnp.arange(steps)  # [B or 1, T]
+        if self.options.positions == "learned":
+            table = self.param("positions", nn.initializers.normal(0.02), (self.context, self.width), jnp.float32)
+            x = x + table[jnp.minimum(positions, self.context - 1)].astype(x.dtype)
+        x = Dropout(self.dropout, name="dropout")(x, train)
+
+        block = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
+        memory = []
+        for i in range(self.layers):
+            layer = block(self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, name=f"block_{i}")
+            past = None if carry is None else (carry.memory[i], carry.position, carry.written)
+            x, kept = layer(x, positions, past, lengths, train)
+            memory.append(kept)
+        if carry is None:
+            return x, None
+        # One token goes to the next slot; a longer call lays the ring out anew from slot 0.
+        one = steps == 1 and lengths is None
+        taken = jnp.full_like(carry.position, steps) if lengths is None else lengths
+        written = carry.written + 1 if one else jnp.zeros_like(carry.written)
+        return x, Carry(tuple(memory), carry.position + taken, written)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    options: TransformerConfig
+    layers: int
+    context: int
+    norm: str
+    dropout: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Any, positions: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
+        o, width = self.options, x.shape[-1]
+        bias = self.norm == "layernorm"
+        # What is added to the residual stream begins small, so that its variance does not grow with depth.
+        small = nn.initializers.variance_scaling(1 / (2 * self.layers), "fan_in", "normal")
+        linear = lambda features, name, init=Linear.kernel_init: Linear(features, bias, init, self.dtype, name=name)
+
+        heads, groups, key_width = o.heads, o.kv_heads or o.heads, width // o.heads
+        qkv = linear((heads + 2 * groups) * key_width, "qkv")(Norm(self.norm, name="attention_norm")(x))
+        qkv = jnp.swapaxes(qkv.reshape(*x.shape[:2], heads + 2 * groups, key_width), 1, 2)  # [B, H+2G, T, K]
+        q, k, v = jnp.split(qkv, (heads, heads + groups), axis=1)
+        if o.qk_norm:
+            q, k = Norm("rmsnorm", name="query_norm")(q), Norm("rmsnorm", name="key_norm")(k)
+        if o.positions == "rope":
+            q, k = rotate(jnp.concatenate([q, k], axis=1), positions, o.rope_base, heads)
+        y, memory = attention(q, k, v, positions, past, lengths, self.context)
+        y = jnp.swapaxes(y, 1, 2).reshape(x.shape)  # [B, T, D]
+        x = x + Dropout(self.dropout, name="attention_dropout")(linear(width, "out", small)(y), train)
+
+        y = Norm(self.norm, name="feed_forward_norm")(x)
+        if o.activation == "swiglu":
+            gate, y = jnp.split(linear(2 * o.feed_forward_width, "up")(y), 2, -1)
+            y = jax.nn.silu(gate) * y
+        else:
+            y = linear(o.feed_forward_width, "up")(y)
+            y = jax.nn.gelu(y) if o.activation == "gelu" else jnp.square(jax.nn.relu(y))
+        y = linear(width, "down", small)(y)
+        return x + Dropout(self.dropout, name="feed_forward_dropout")(y, train), memory
+
+
+def rotate(qk: Float[Array, "B H T K"], positions: Int[Array, "R T"], base: float, heads: int) -> tuple[Any, Any]:
+    """Turns each pair (j, j + K/2) by position * base^(-2j/K) (Su et al. 2021), then parts queries from keys.
+
+    A position is split into 1024 a + b, and the angle of 1024 is reduced modulo a full turn in
+    float64, so that the angles of a stream stay exact past a million tokens.
+    """
+    half = qk.shape[-1] // 2
+    rate = base ** (-np.arange(half) / half)
+    coarse = jnp.asarray(1024 * rate % (2 * np.pi), jnp.float32)
+    positions = positions[:, None, :, None]  # [R, 1, T, 1]
+    angle = (positions // 1024) * coarse + (positions % 1024) * jnp.asarray(rate, jnp.float32)
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    a, b = jnp.split(qk.astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(qk.dtype)
+    return turned[:, :heads], turned[:, heads:]
+
+
+def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, context: int) -> tuple[Any, Any]:
+    """Attention of T new tokens to themselves and to the past, and the past with them added.
+
+    Without a past this is plain causal attention. With one, a single token is written first and
+    reads the ring; a longer call reads the old ring beside its own keys.
+
+    Args:
+      q: [B, H, T, K]; k, v: [B, G, T, K]; positions: [B or 1, T].
+      past: None, or ((keys, values), position [B], written [B]) as in Carry.
+      lengths: [B] or None.
+    """
+    if past is None:
+        return attend(q, k, v, positions, positions, context), None
+    (keys, values), position, written = past
+    steps, slots = k.shape[2], keys.shape[2]
+    ring = jnp.arange(slots)
+    if steps == 1 and lengths is None:
+        slot = written[0] % slots
+        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, slot, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(values, v, slot, axis=2)
+        age = (slot - ring) % slots  # 0: the token itself
+        return attend(q, keys, values, positions, positions - age, context), (keys, values)
+    age = (written[0] - 1 - ring) % slots  # 0: the last token before these
+    k_positions = jnp.concatenate([(position[:, None] - 1) - age, positions], axis=1)  # [B, S + T]
+    if lengths is not None:
+        k_positions = k_positions.at[:, slots:].set(
+            jnp.where(jnp.arange(steps) < lengths[:, None], positions, -1)
+        )
+    all_keys, all_values = jnp.concatenate([keys, k], axis=2), jnp.concatenate([values, v], axis=2)
+    y = attend(q, all_keys, all_values, positions, k_positions, context)
+    # The last S tokens of each row, oldest first: slot s of the new ring.
+    taken = jnp.full_like(position, steps) if lengths is None else lengths
+    order = taken[:, None] + ring  # [B, S], into old tokens oldest first, then new ones
+    order = jnp.where(order < slots, (written[0] + order) % slots, order)[:, None, :, None]
+    return y, tuple(jnp.take_along_axis(a, order, axis=2) for a in (all_keys, all_values))
+
+
+def attend(q: Any, k: Any, v: Any, q_positions: Any, k_positions: Any, context: int) -> Float[Array, "B H T K"]:
+    """Softmax attention: token at p sees what stands at p - context + 1 ... p; positions below 0 are empty."""
+    rows, heads, steps, key_width = q.shape
+    groups, length = k.shape[1:3]
+    q = q.reshape(rows, groups, -1, key_width)  # the heads of a group share its keys
+    scores = jnp.einsum("bgmk,bgsk->bgms", q, k, preferred_element_type=jnp.float32) * key_width**-0.5
+    distance = q_positions[:, :, None] - k_positions[:, None, :]  # [B or 1, T, S]
+    seen = (distance >= 0) & (distance < context) & (k_positions >= 0)[:, None, :]
+    scores = scores.reshape(rows, groups, heads // groups, steps, length)
+    scores = jnp.where(seen[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, -1).astype(v.dtype).reshape(rows, groups, -1, length)
+    return jnp.einsum("bgms,bgsk->bgmk", weights, v).reshape(rows, heads, steps, key_width)

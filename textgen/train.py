@@ -1,0 +1,303 @@
+"""The jitted training step and the loop around it."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Int
+
+from textgen import optimizers, parallel
+from textgen.config import Config
+from textgen.data import Batches
+from textgen.models import LanguageModel
+from textgen.objectives import next_token_nats
+
+
+@flax.struct.dataclass
+class State:
+    """All that training carries from step to step; arrays only, so that a checkpoint is all of it.
+
+    Attributes:
+      step: [] optimizer steps taken.
+      params, opt_state: trees.
+      average: exponential moving average of params, or None.
+      key: the run's random key, never advanced: a step uses fold_in(key, step).
+      carry: the model's past at the end of the last window, for data.order='stream'; else None.
+      sums: running totals since the last row of the curve began.
+      skipped: [] steps left out because the loss or the gradient was not finite.
+      skipped_in_a_row: [] the same, since the last good step.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    average: Any
+    key: Any
+    carry: Any
+    sums: dict[str, Array]
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+    @property
+    def eval_params(self) -> Any:
+        """What to evaluate and sample with: the average, where one is kept."""
+        return self.params if self.average is None else self.average
+
+
+SUMS = ("nats", "tokens", "grad_norm", "steps")
+
+
+class Trainer:
+    """Compiled training for one model, optimizer and config.
+
+    `dispatch(state, windows, fresh, count)` takes up to K = train.steps_per_dispatch steps in
+    one call of the device. One program serves every count, so that where a run was cut makes no
+    difference to its bits.
+    """
+
+    def __init__(self, model: LanguageModel, config: Config, mesh: jax.sharding.Mesh):
+        self.model, self.config, self.mesh = model, config, mesh
+        self.optimizer = optimizers.build(config.optimizer, config.train.steps)
+        abstract = jax.eval_shape(self._init)
+        self.shardings = parallel.shardings(abstract, mesh)
+        if abstract.carry is not None:
+            rows = jax.tree.map(lambda leaf: parallel.batch_sharding(mesh, leaf.ndim, 0), abstract.carry)
+            self.shardings = self.shardings.replace(carry=rows)
+        self.abstract = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), abstract, self.shardings
+        )
+        self._windows = parallel.batch_sharding(mesh, 3, 1)
+        whole = parallel.batch_sharding(mesh, 0, 0)
+        self._dispatch = jax.jit(self._steps, donate_argnums=0, out_shardings=(self.shardings, whole))
+
+    def init(self) -> State:
+        """The state at step 0, each array made where it lives."""
+        return jax.jit(self._init, out_shardings=self.shardings)()
+
+    def dispatch(
+        self, state: State, windows: Int[np.ndarray, "K B T1"], fresh: Bool[np.ndarray, "K"]
+    ) -> tuple[State, dict[str, Array]]:
+        """Takes K' <= K steps, and returns the running sums after each, [K] with K' filled."""
+        count, most = len(windows), self.config.train.steps_per_dispatch
+        if count < most:
+            windows = np.concatenate([windows, np.zeros((most - count, *windows.shape[1:]), windows.dtype)])
+            fresh = np.concatenate([fresh, np.zeros(most - count, bool)])
+        return self._dispatch(state, parallel.put(windows, self._windows), fresh, np.int32(count))
+
+    def _init(self) -> State:
+        config, model = self.config, self.model
+        key = jax.random.key(config.seed)
+        init_key, train_key = jax.random.split(key)
+        params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+        carry = None
+        if config.data.order == "stream":
+            carry = model.init_carry(config.data.batch_size, config.context)
+        return State(
+            step=jnp.int32(0),
+            params=params,
+            opt_state=self.optimizer.init(params),
+            average=params if config.train.ema_decay is not None else None,
+            key=train_key,
+            carry=carry,
+            sums={name: jnp.float32(0) for name in SUMS},
+            skipped=jnp.int32(0),
+            skipped_in_a_row=jnp.int32(0),
+        )
+
+    def _steps(self, state: State, windows: Any, fresh: Any, count: Any) -> tuple[State, dict[str, Array]]:
+        rows = {name: jnp.zeros(windows.shape[0], jnp.float32) for name in (*SUMS, "skipped", "skipped_in_a_row")}
+
+        def body(i: Any, both: Any) -> Any:
+            state, rows = both
+            state = self._step(state, windows[i].astype(jnp.int32), fresh[i])
+            after = {**state.sums, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+            return state, {name: rows[name].at[i].set(after[name].astype(jnp.float32)) for name in rows}
+
+        return jax.lax.fori_loop(0, count, body, (state, rows))
+
+    def _step(self, state: State, window: Int[Array, "B T1"], fresh: Bool[Array, ""]) -> State:
+        config = self.config
+        key = jax.random.fold_in(state.key, state.step)
+        carry = state.carry
+        if carry is not None:
+            empty = self.model.init_carry(config.data.batch_size, config.context)
+            carry = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), empty, carry)
+        nats, tokens, gradients, carry = self._gradients(state.params, window, carry, key)
+        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        norm = optax.global_norm(gradients)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            # Young averages look back less far, so that the initial weights are soon forgotten.
+            decay = jnp.minimum(config.train.ema_decay, (1 + state.step) / (10 + state.step))
+            average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, average, params)
+
+        good = jnp.isfinite(nats) & jnp.isfinite(norm)
+        keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        begun = state.step % config.log.every_steps == 0
+        seen = dict(zip(SUMS, (nats, tokens, norm, 1.0), strict=True))
+        sums = {name: jnp.where(begun, 0, total) + jnp.where(good, seen[name], 0) for name, total in state.sums.items()}
+        return State(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            average=keep(average, state.average),
+            key=state.key,
+            carry=keep(carry, state.carry),
+            sums=sums,
+            skipped=state.skipped + ~good,
+            skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
+        )
+
+    def _gradients(self, params: Any, window: Any, carry: Any, key: Any) -> tuple[Any, Any, Any, Any]:
+        """(summed nats, their count, gradient of the sum, new carry), micro-batch by micro-batch."""
+
+        def loss(params: Any, window: Any, carry: Any, key: Any) -> tuple[Any, Any]:
+            logits, carry = self.model.apply(
+                {"params": params}, window[:, :-1], carry, train=True, rngs={"dropout": key}
+            )
+            return jnp.sum(next_token_nats(logits, window[:, 1:])), carry
+
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        tokens = jnp.float32(window[:, 1:].size)
+        parts = self.config.train.accumulation
+        if parts == 1:
+            (nats, carry), gradients = gradient(params, window, carry, key)
+            return nats, tokens, gradients, carry
+
+        def add(total: Any, part: Any) -> tuple[Any, None]:
+            (nats, _), gradients = gradient(params, part[0], None, part[1])
+            return jax.tree.map(jnp.add, total, (nats, gradients)), None
+
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        micro = window.reshape(parts, -1, window.shape[-1])
+        (nats, gradients), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, parts)))
+        return nats, tokens, gradients, carry
+
+
+class Interrupted(Exception):
+    """Training was asked to stop, and everything up to `step` is kept."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}")
+        self.step = step
+
+
+class Diverged(Exception):
+    """Too many steps in a row were not finite."""
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM ask once for a stop at the next whole dispatch; a second Ctrl-C stops at once."""
+    asked = []
+
+    def ask(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are somebody else's
+        before = {}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def every(n: int, total: int) -> Callable[[int], float]:
+    """Due at the multiples of n, and at the last step."""
+    return lambda step: min((step // n + 1) * n, total)
+
+
+def at(when: int) -> Callable[[int], float]:
+    """Due once."""
+    return lambda step: when if step < when else math.inf
+
+
+def loop(
+    trainer: Trainer,
+    state: State,
+    batches: Batches,
+    *,
+    on_row: Callable[[int, dict[str, float]], None],
+    on_dispatch: Callable[[int, float, float], None],
+    pauses: Sequence[tuple[Callable[[int], float], Callable[[int, State], None]]],
+    save: Callable[[int, State], None],
+) -> State:
+    """Trains from state.step to train.steps.
+
+    Args:
+      on_row: called with (step, metrics) for every row of the curve.
+      on_dispatch: called with (step, latest loss, tokens so far in this process) when a dispatch is read.
+      pauses: (due, call) pairs, where due(step) is the next step after `step` at which training
+        pauses for call(step, state); in the order given. See `every` and `at`.
+      save: called with (step, state) when a signal cuts the run short.
+
+    Raises:
+      Interrupted: by Ctrl-C or SIGTERM, after `save`.
+      Diverged: after train.max_skipped_steps non-finite steps in a row.
+    """
+    config = trainer.config
+    total, most, per_row = config.train.steps, config.train.steps_per_dispatch, config.log.every_steps
+    shape = optimizers.schedule(config.optimizer, total)
+    per_step = config.data.batch_size * config.data.window
+    step, tokens = int(state.step), 0
+    pending: list[tuple[int, int, dict[str, Array]]] = []
+    clock = time.perf_counter()
+
+    def read() -> None:
+        """Takes in the oldest dispatch: by now the next one is under way."""
+        nonlocal tokens, clock
+        first, count, device_rows = pending.pop()
+        rows = {name: np.asarray(values) for name, values in device_rows.items()}
+        now = time.perf_counter()
+        rate, clock = count * per_step / (now - clock), now
+        tokens += count * per_step
+        for i in range(count):
+            now_at = first + i + 1
+            if now_at % per_row == 0 or now_at == total:
+                seen = max(rows["steps"][i], 1)
+                on_row(now_at, {
+                    "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
+                    "train/grad_norm": float(rows["grad_norm"][i] / seen),
+                    "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
+                    "train/skipped_steps": float(rows["skipped"][i]),
+                    "train/epoch": now_at / batches.steps_per_epoch,
+                    "speed/tokens_per_second": rate,
+                })  # fmt: skip
+        last = count - 1
+        on_dispatch(first + count, float(rows["nats"][last] / max(rows["tokens"][last], 1)), tokens)
+        if rows["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
+            raise Diverged
+
+    with _stop_on_signals() as stopping:
+        while step < total:
+            due = [(when(step), call) for when, call in pauses]
+            count = int(min(most, total - step, *(end - step for end, _ in due)))
+            state, rows = trainer.dispatch(state, *batches(step, count))
+            if pending:
+                read()
+            pending.append((step, count, rows))
+            step += count
+            calls = [call for end, call in due if end == step]
+            if calls or stopping() or step == total:
+                read()
+                for call in calls:
+                    call(step, state)
+                clock = time.perf_counter()
+            if stopping() and step < total:
+                save(step, state)
+                raise Interrupted(step)
+    return state
