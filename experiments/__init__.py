@@ -17,7 +17,16 @@ def launch(main: Callable[[], Any]) -> None:
             rest = flags.FLAGS(argv)
             if "config" in flags.FLAGS and flags.FLAGS.config is not None:
                 flags.FLAGS.config.keys()  # a config file that is missing fails only when it is read
-        except (flags.Error, AttributeError, KeyError, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
+        except (
+            flags.Error,
+            AttributeError,
+            KeyError,
+            OSError,
+            ImportError,
+            SyntaxError,
+            TypeError,
+            ValueError,
+        ) as error:
             _refuse(error)
         if rest[1:]:
             _refuse(ValueError(f"Unexpected argument '{rest[1]}': flags are written --name=value."))

@@ -21,6 +21,7 @@ The house, from the ground up; a module imports only lower layers:
     2  checkpoints  a run's folder
        evaluate     how well a text is predicted
     3  train        the jitted step and the loop
+       inference    a trained model in use
     4  run          wiring
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
@@ -33,7 +34,7 @@ __all__ = ["UserError", "load"]
 def __getattr__(name: str):
     # Imported on first use: `import textgen` alone costs nothing.
     if name == "load":
-        from textgen.run import load
+        from textgen.inference import load
 
         return load
     if name == "UserError":

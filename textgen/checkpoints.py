@@ -40,7 +40,9 @@ def read_json(path: Path, what: str) -> Any:
     except FileNotFoundError:
         raise UserError(f"'{path.parent}' is no run of this project: it has no {path.name} ({what}).") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"'{path}' ({what}) is damaged: {error}. Restore it, or train again in another workdir.") from None
+        raise UserError(
+            f"'{path}' ({what}) is damaged: {error}. Restore it, or train again in another workdir."
+        ) from None
 
 
 def save_setup(workdir: Path, config: Config, changes: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> None:

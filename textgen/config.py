@@ -44,8 +44,7 @@ def _within(config: Any, prefix: str, low: float, high: float, *names: str) -> N
     """Each named field lies in [low, high)."""
     for name in names:
         value = getattr(config, name)
-        require(value is None or low <= value < high,
-                f"{prefix}.{name} must lie in [{low:g}, {high:g}), got {value}.")  # fmt: skip
+        require(value is None or low <= value < high, f"{prefix}.{name} must lie in [{low:g}, {high:g}), got {value}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,9 +55,11 @@ class CorpusConfig:
     test_fraction: float
 
     def __post_init__(self):
-        require((self.name is None) != (self.path is None),
-                f"Give either corpus.name or corpus.path, got name={self.name!r} and path={self.path!r}: "
-                "to read your own text, --config.corpus.name=None --config.corpus.path=FILE_OR_FOLDER.")  # fmt: skip
+        require(
+            (self.name is None) != (self.path is None),
+            f"Give either corpus.name or corpus.path, got name={self.name!r} and path={self.path!r}: "
+            "to read your own text, --config.corpus.name=None --config.corpus.path=FILE_OR_FOLDER.",
+        )
         _within(self, "corpus", 0, 1, "validation_fraction", "test_fraction")
         require(self.validation_fraction > 0, "corpus.validation_fraction must be above 0, got 0.")
         held_out = self.validation_fraction + self.test_fraction
@@ -72,8 +73,10 @@ class TokenizerConfig:
     path: str | None
 
     def __post_init__(self):
-        require((self.kind == "file") == (self.path is not None),
-                f"tokenizer.path goes with tokenizer.kind='file', got kind={self.kind!r} and path={self.path!r}.")  # fmt: skip
+        require(
+            (self.kind == "file") == (self.path is not None),
+            f"tokenizer.path goes with tokenizer.kind='file', got kind={self.kind!r} and path={self.path!r}.",
+        )
         require(self.vocab_size >= 2, f"tokenizer.vocab_size must be 2 or more, got {self.vocab_size}.")
 
 
@@ -100,8 +103,10 @@ class TransformerConfig:
     def __post_init__(self):
         _positive(self, "model.transformer", "heads", "kv_heads", "feed_forward_width", "rope_base")
         if self.kv_heads is not None:
-            require(self.heads % self.kv_heads == 0,
-                    f"model.transformer.kv_heads={self.kv_heads} must divide model.transformer.heads={self.heads}.")  # fmt: skip
+            require(
+                self.heads % self.kv_heads == 0,
+                f"model.transformer.kv_heads={self.kv_heads} must divide model.transformer.heads={self.heads}.",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,8 +128,10 @@ class ModelConfig:
         if self.backbone == "transformer":
             heads = self.transformer.heads
             require(self.width % heads == 0, f"model.transformer.heads={heads} must divide model.width={self.width}.")
-            require(self.transformer.positions != "rope" or self.width // heads % 2 == 0,
-                    f"RoPE turns pairs: model.width / heads must be even, got {self.width} / {heads}.")  # fmt: skip
+            require(
+                self.transformer.positions != "rope" or self.width // heads % 2 == 0,
+                f"RoPE turns pairs: model.width / heads must be even, got {self.width} / {heads}.",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,8 +158,10 @@ class OptimizerConfig:
         for name in ("final_fraction", "decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.{name} must lie in [0, 1], got {value}.")
-        require(self.adam_learning_rate is None or self.name == "muon",
-                f"optimizer.adam_learning_rate goes with optimizer.name='muon', got {self.name!r}.")  # fmt: skip
+        require(
+            self.adam_learning_rate is None or self.name == "muon",
+            f"optimizer.adam_learning_rate goes with optimizer.name='muon', got {self.name!r}.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,23 +250,35 @@ class Config:
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2^32), got {self.seed}.")
         rows, shards = self.data.batch_size, self.mesh.data * self.mesh.fsdp
         micro = rows // self.train.accumulation
-        require(rows % self.train.accumulation == 0,
-                f"train.accumulation={self.train.accumulation} must divide data.batch_size={rows}.")  # fmt: skip
-        require(micro % shards == 0,
-                f"The mesh splits the rows of a micro-batch {shards} ways (mesh.data x mesh.fsdp), and "
-                f"data.batch_size / train.accumulation = {micro} does not divide by {shards}.")  # fmt: skip
-        require(self.data.order == "shuffled" or self.train.accumulation == 1,
-                "data.order='stream' carries each row's state from step to step; it goes with train.accumulation=1.")  # fmt: skip
+        require(
+            rows % self.train.accumulation == 0,
+            f"train.accumulation={self.train.accumulation} must divide data.batch_size={rows}.",
+        )
+        require(
+            micro % shards == 0,
+            f"The mesh splits the rows of a micro-batch {shards} ways (mesh.data x mesh.fsdp), and "
+            f"data.batch_size / train.accumulation = {micro} does not divide by {shards}.",
+        )
+        require(
+            self.data.order == "shuffled" or self.train.accumulation == 1,
+            "data.order='stream' carries each row's state from step to step; it goes with train.accumulation=1.",
+        )
         learned = self.model.backbone == "transformer" and self.model.transformer.positions == "learned"
         if learned:
             context = self.context
-            require(self.data.window <= context and self.eval_window <= context,
-                    f"Learned positions end at model.context={context}, and data.window={self.data.window}, "
-                    f"eval.window={self.eval_window}: lower the windows, raise the context, or use positions='rope'.")  # fmt: skip
-            require(self.data.order == "shuffled",
-                    "data.order='stream' runs past every position: it needs model.transformer.positions='rope'.")  # fmt: skip
-        require(self.optimizer.warmup_steps < self.train.steps,
-                f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps={self.train.steps}.")  # fmt: skip
+            require(
+                self.data.window <= context and self.eval_window <= context,
+                f"Learned positions end at model.context={context}, and data.window={self.data.window}, "
+                f"eval.window={self.eval_window}: lower the windows, raise the context, or use positions='rope'.",
+            )
+            require(
+                self.data.order == "shuffled",
+                "data.order='stream' runs past every position: it needs model.transformer.positions='rope'.",
+            )
+        require(
+            self.optimizer.warmup_steps < self.train.steps,
+            f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps={self.train.steps}.",
+        )
 
     @property
     def context(self) -> int:
@@ -271,8 +292,16 @@ class Config:
 
 
 # What may differ when a run is resumed: how long, how often, where, but never what is learned.
-MAY_CHANGE = ("train.steps", "train.steps_per_dispatch", "train.max_skipped_steps",
-              "eval.", "sample.", "checkpoint.", "log.", "mesh.")  # fmt: skip
+MAY_CHANGE = (
+    "train.steps",
+    "train.steps_per_dispatch",
+    "train.max_skipped_steps",
+    "eval.",
+    "sample.",
+    "checkpoint.",
+    "log.",
+    "mesh.",
+)
 
 
 def _convert(value: Any, wanted: Any, path: str) -> Any:
@@ -283,8 +312,11 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
     if dataclasses.is_dataclass(wanted):
         return _build(value, wanted, path + ".")
     if origin is Literal:
-        require(value in args, f"{path} must be one of {', '.join(map(repr, args))}, got {value!r}."
-                + (did_you_mean(value, args) if isinstance(value, str) and value not in args else ""))  # fmt: skip
+        require(
+            value in args,
+            f"{path} must be one of {', '.join(map(repr, args))}, got {value!r}."
+            + (did_you_mean(value, args) if isinstance(value, str) and value not in args else ""),
+        )
         return value
     if origin is tuple:
         require(isinstance(value, (tuple, list)), f"{path} must be a tuple, got {value!r}.")
@@ -341,13 +373,16 @@ def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
     """Refuses a flag that the chosen backbone would not read: no setting is skipped in silence."""
     for key in overrides:
         group = key.split(".")[1] if key.startswith("model.") and key.count(".") == 2 else None
-        require(group is None or group == config.model.backbone,
-                f"--config.{key} belongs to the {group}, and model.backbone is '{config.model.backbone}'.")  # fmt: skip
+        require(
+            group is None or group == config.model.backbone,
+            f"--config.{key} belongs to the {group}, and model.backbone is '{config.model.backbone}'.",
+        )
 
 
 def check_resume(saved: Config, given: Config) -> None:
     """Raises UserError when `given` would train something other than the run that `saved` began."""
-    contradictions = {k: v for k, v in differences(to_dict(saved), to_dict(given)).items()
-                      if not k.startswith(MAY_CHANGE)}  # fmt: skip
+    contradictions = {
+        k: v for k, v in differences(to_dict(saved), to_dict(given)).items() if not k.startswith(MAY_CHANGE)
+    }
     listed = "; ".join(f"{k} was {old!r}, is {new!r}" for k, (old, new) in contradictions.items())
     require(not contradictions, f"This workdir holds another run: {listed}. Give a new --workdir, or the old values.")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Int, Shaped
 
-from textgen.config import CorpusConfig, DataConfig, require
-from textgen.corpora import Corpus
-from textgen.tokenizers import Tokenizer, id_dtype
+from textgen.config import Config, CorpusConfig, DataConfig, require
+from textgen.corpora import Corpus, open_corpus
+from textgen.tokenizers import Tokenizer, fit, id_dtype
 
 Tokens = Shaped[np.ndarray, "N"]  # uint8, uint16 or int32
 
@@ -30,8 +30,10 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """The splits of a corpus; `test` is None unless the config asks for one."""
+    """A corpus, tokenised and split; `test` is None unless the config asks for one."""
 
+    corpus: Corpus
+    tokenizer: Tokenizer
     train: Split
     validation: Split
     test: Split | None
@@ -55,14 +57,32 @@ def bounds(characters: int, config: CorpusConfig) -> tuple[int, int, int]:
     return train, validation, characters
 
 
-def prepare(corpus: Corpus, tokenizer: Tokenizer, config: CorpusConfig) -> Dataset:
-    """Cuts the text at its bounds and tokenises each part by itself."""
-    train, validation, end = bounds(corpus.size[0], config)
-    return Dataset(
+def load(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
+    """Reads the corpus of a config, fits the tokenizer unless one is given, and tokenises each split by itself.
+
+    Raises:
+      UserError: a corpus that cannot be read, or is too short to validate on.
+    """
+    corpus = open_corpus(config.corpus)
+    train, validation, end = bounds(corpus.size[0], config.corpus)
+    if tokenizer is None:
+        # Characters are collected from the whole text, as is the custom; the rest from what is trained on.
+        whole = config.tokenizer.kind == "characters"
+        tokenizer = fit(config.tokenizer, corpus.slice(0, end if whole else train))
+    dataset = Dataset(
+        corpus=corpus,
+        tokenizer=tokenizer,
         train=encode(corpus.slice(0, train), tokenizer),
         validation=encode(corpus.slice(train, validation), tokenizer),
-        test=encode(corpus.slice(validation, end), tokenizer) if config.test_fraction else None,
+        test=encode(corpus.slice(validation, end), tokenizer) if config.corpus.test_fraction else None,
     )
+    for name in ("validation", "test"):
+        split = getattr(dataset, name)
+        require(
+            split is None or len(split.tokens) > 1,
+            f"The {name} split has fewer than two tokens: give a longer text or a larger corpus.{name}_fraction.",
+        )
+    return dataset
 
 
 class Batches:
@@ -74,16 +94,20 @@ class Batches:
     """
 
     def __init__(self, tokens: Tokens, config: DataConfig, seed: int):
-        require(len(tokens) > config.window,
-                f"A window takes data.window + 1 = {config.window + 1} tokens, and the training text has "
-                f"{len(tokens)}: give a longer text or a smaller data.window.")  # fmt: skip
+        require(
+            len(tokens) > config.window,
+            f"A window takes data.window + 1 = {config.window + 1} tokens, and the training text has "
+            f"{len(tokens)}: give a longer text or a smaller data.window.",
+        )
         self.tokens, self.config, self.seed = tokens, config, seed
         windows = (len(tokens) - 1) // config.window
         if config.order == "stream":
             windows //= config.batch_size
-            require(windows > 0,
-                    f"data.order='stream' gives each of {config.batch_size} rows a stretch of its own, and the text's "
-                    f"{len(tokens)} tokens hold fewer windows of {config.window} than that.")  # fmt: skip
+            require(
+                windows > 0,
+                f"data.order='stream' gives each of {config.batch_size} rows a stretch of its own, and the text's "
+                f"{len(tokens)} tokens hold fewer windows of {config.window} than that.",
+            )
             self.slack = 0
         else:
             # One window is spent on the phase, where there is one to spare.

@@ -98,10 +98,12 @@ class Evaluator:
           UserError: the text outruns learned positions.
         """
         count, limit = len(tokens) - 1, self.model.max_positions
-        require(limit is None or count <= limit,
-                f"Learned positions end at {limit}, and the text has {count + 1} tokens: it cannot be read as one stream.")  # fmt: skip
+        require(
+            limit is None or count <= limit,
+            f"Learned positions end at {limit}, and the text has {count + 1} tokens: it cannot be read as one stream.",
+        )
         chunk = min(STREAM_CHUNK, 1 << max(count - 1, 0).bit_length())
-        carry = jax.jit(lambda: self.model.init_carry(1, count))()  # buffers of its own, to be donated
+        carry = jax.jit(lambda: self.model.init_carry(1, count))()  # jit: buffers that can be donated
         nats = []
         for start in range(0, count, chunk):
             part = np.zeros((1, chunk + 1), np.int32)
@@ -129,6 +131,10 @@ def report(nats: Float[np.ndarray, "N"], split: Split, window: int | None = None
                 places[str(low) if low == top else f"{low}-{top}"] = float(nats[here].mean())
             high *= 2
     return Report(
-        loss=float(nats.mean()), tokens=len(nats), characters=max(round(split.characters * share), 1),
-        bytes=max(round(split.bytes * share), 1), standard_error=error, by_position=places,
-    )  # fmt: skip
+        loss=float(nats.mean()),
+        tokens=len(nats),
+        characters=max(round(split.characters * share), 1),
+        bytes=max(round(split.bytes * share), 1),
+        standard_error=error,
+        by_position=places,
+    )

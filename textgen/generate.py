@@ -74,8 +74,9 @@ class Generator:
         Args:
           step: as above.
           init_carry: (batch_size, max_length) -> carry.
-          max_positions: the longest sequence that the model takes. Beyond it the last half is
-            read afresh, and generation goes on from there. None: the model itself goes on.
+          max_positions: the longest sequence that the model takes. When the longest row reaches
+            it, the last half of every row is read afresh, and generation goes on from there.
+            None: the model itself goes on for ever.
         """
         self.max_positions = max_positions
 
@@ -131,29 +132,29 @@ class Generator:
         require(num_samples >= 1, f"num_samples must be 1 or more, got {num_samples}.")
         require(len(prompts) > 0, "Give at least one prompt.")
         require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
-        history = [np.asarray(p, np.int32) for p in prompts]
-        copies = np.repeat(np.arange(len(prompts)), num_samples)
+        texts = [np.asarray(p, np.int32) for p in prompts]
+        copies = origin = np.repeat(np.arange(len(prompts)), num_samples)
         limit = self.max_positions
-        if limit is not None:
-            chunk = min(chunk, max(limit // 2, 1))
-        state, made, room = None, 0, 0
-        while made < length:
-            if state is None or room < chunk:
-                if state is not None:  # past the last position: read the last half afresh
-                    copies = np.arange(len(history))
-                kept = history if limit is None else [h[-max(limit - max(limit // 2, chunk), 1) :] for h in history]
-                longest = max(map(len, kept))
-                room = length + chunk if limit is None else limit - longest + 1
-                capacity = bucket(longest + (min(length - made, room) if limit else length) + chunk)
-                state = self._start(params, kept, keys, copies, capacity, [len(h) for h in history])
+        chunk = chunk if limit is None else min(chunk, max(limit // 2, 1))
+        state, used, parts = None, 0, []
+        for made in range(0, length, chunk):
+            if state is None or (limit is not None and used + chunk - 1 > limit):
+                if parts:
+                    texts = [
+                        np.concatenate([prompts[p], *(part[row] for part in parts)]) for row, p in enumerate(origin)
+                    ]
+                    copies = np.arange(len(texts))
+                kept = texts
+                if limit is not None and max(map(len, texts)) + chunk - 1 > limit:
+                    kept = [text[-max(limit - chunk, 1) :][-max(limit // 2, 1) :] for text in texts]
+                used = max(map(len, kept))
+                capacity = bucket(used + (length - made + chunk if limit is None else limit))
+                state = self._start(params, kept, keys, copies, capacity, [len(text) for text in texts])
             state, generated = self._decode(params, state, transform, steps=chunk)
-            generated = jax.tree.map(lambda leaf, n=length - made: np.asarray(leaf)[:, :n], generated)
+            used += chunk
             if limit is not None:
-                rows = generated.tokens.astype(np.int32)
-                history = [np.concatenate([history[c] if len(history) != len(rows) else history[i], rows[i]])
-                           for i, c in enumerate(np.repeat(np.arange(len(prompts)), num_samples))]  # fmt: skip
-            made, room = made + chunk, room - chunk
-            yield generated
+                parts.append(np.asarray(generated.tokens, np.int32))
+            yield jax.tree.map(lambda leaf, left=length - made: np.asarray(leaf)[:, :left], generated)
 
     def _start(self, params, prompts, keys, copies, capacity, positions) -> State:
         """Prefills, padded to a bucket so that another prompt length seldom compiles."""
@@ -164,7 +165,9 @@ class Generator:
         state = self._prefill(params, padded, lengths, keys, copies, capacity=capacity)
         return state.replace(position=jnp.asarray(np.array(positions, np.int32)[copies]))
 
-    def __call__(self, params: Any, prompts: Sequence[Int[np.ndarray, "T"]], keys: Any, transform: Chain, **options: Any):
+    def __call__(
+        self, params: Any, prompts: Sequence[Int[np.ndarray, "T"]], keys: Any, transform: Chain, **options: Any
+    ):
         """All of `stream` at once: a Generated of NumPy arrays [B, length]."""
         chunks = list(self.stream(params, prompts, keys, transform, **options))
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)

@@ -47,7 +47,9 @@ class Writer:
         The experiment's summary is left out on purpose: with several runs TensorBoard would show
         the columns of one of them only; without it, it works out the columns from all.
         """
-        plain = {k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None}
+        plain = {
+            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None
+        }
         _, started, ended = tbx_summary.hparams(plain, dict(metrics))
         for event in (started, ended):
             self._board.file_writer.add_summary(event)
@@ -116,9 +118,16 @@ class Display:
         self._total, self._plain = total, not console.is_terminal
         self._printed = start
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(), TextColumn("left"), console=console, disable=self._plain, transient=True,
-        )  # fmt: skip
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=self._plain,
+            transient=True,
+        )
         self._task = self._progress.add_task("train", total=total, completed=start, note="compiling ...")
 
     def __enter__(self) -> "Display":

@@ -22,11 +22,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     wanted = config.data * config.fsdp * config.tensor
     there = jax.device_count()
-    require(wanted <= there,
-            f"The mesh takes {config.data} x {config.fsdp} x {config.tensor} = {wanted} devices, and there "
-            f"{'is' if there == 1 else 'are'} {there} ({jax.default_backend()}): lower mesh.data, mesh.fsdp or mesh.tensor.")  # fmt: skip
+    require(
+        wanted <= there,
+        f"The mesh takes {config.data} x {config.fsdp} x {config.tensor} = {wanted} devices, and there "
+        f"{'is' if there == 1 else 'are'} {there} ({jax.default_backend()}): lower one of them.",
+    )
     shape = (config.data, config.fsdp, config.tensor)
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:wanted])
+    return jax.make_mesh(
+        shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:wanted]
+    )
 
 
 def initialize_distributed() -> None:

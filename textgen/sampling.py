@@ -115,7 +115,9 @@ def top_k(k: Number) -> Transform:
     Raises:
       UserError: k below 1 or not whole. To keep all, leave top_k out.
     """
-    _check("top_k", k, lambda k: (k >= 1) & (k == np.round(k)), "be a whole number of 1 or more; to keep all, leave it out")
+    _check(
+        "top_k", k, lambda k: (k >= 1) & (k == np.round(k)), "be a whole number of 1 or more; to keep all, leave it out"
+    )
 
     def apply(logits: Logits, k: Any) -> Logits:
         return _keep_largest(logits, jnp.ones_like(logits), jnp.broadcast_to(_column(k), (logits.shape[0], 1)))
@@ -201,13 +203,18 @@ def parse(text: str) -> Chain:
         raise UserError(f"A sampler is written like 'temperature(0.8), top_p(0.95)', got '{text}'.") from None
     transforms = []
     for call in calls:
-        require(isinstance(call, ast.Call) and isinstance(call.func, ast.Name),
-                f"A sampler is written like 'temperature(0.8), top_p(0.95)', got '{ast.unparse(call)}'.")  # fmt: skip
+        require(
+            isinstance(call, ast.Call) and isinstance(call.func, ast.Name),
+            f"A sampler is written like 'temperature(0.8), top_p(0.95)', got '{ast.unparse(call)}'.",
+        )
         name = call.func.id
         require(name in TRANSFORMS, f"Unknown sampler transformation '{name}'.{did_you_mean(name, TRANSFORMS)}")
         try:
-            transforms.append(TRANSFORMS[name](*map(ast.literal_eval, call.args),
-                                               **{str(k.arg): ast.literal_eval(k.value) for k in call.keywords}))  # fmt: skip
+            transforms.append(
+                TRANSFORMS[name](
+                    *map(ast.literal_eval, call.args), **{str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+                )
+            )
         except UserError:
             raise
         except (TypeError, ValueError):
@@ -230,7 +237,9 @@ def draw(logits: Logits, uniform: Float[Array, "B"]) -> Int[Array, "B"]:
     return jnp.minimum(token, last).astype(jnp.int32)
 
 
-def reweight_distribution(distribution: Float[np.ndarray, "*B V"], temperature: float = 0.5) -> Float[np.ndarray, "*B V"]:
+def reweight_distribution(
+    distribution: Float[np.ndarray, "*B V"], temperature: float = 0.5
+) -> Float[np.ndarray, "*B V"]:
     """The textbook's softmax temperature: log, divide, exponentiate, normalise.
 
     Args:

@@ -269,14 +269,17 @@ def loop(
             now_at = first + i + 1
             if now_at % per_row == 0 or now_at == total:
                 seen = max(rows["steps"][i], 1)
-                on_row(now_at, {
-                    "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
-                    "train/grad_norm": float(rows["grad_norm"][i] / seen),
-                    "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
-                    "train/skipped_steps": float(rows["skipped"][i]),
-                    "train/epoch": now_at / batches.steps_per_epoch,
-                    "speed/tokens_per_second": rate,
-                })  # fmt: skip
+                on_row(
+                    now_at,
+                    {
+                        "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
+                        "train/grad_norm": float(rows["grad_norm"][i] / seen),
+                        "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
+                        "train/skipped_steps": float(rows["skipped"][i]),
+                        "train/epoch": now_at / batches.steps_per_epoch,
+                        "speed/tokens_per_second": rate,
+                    },
+                )
         last = count - 1
         on_dispatch(first + count, float(rows["nats"][last] / max(rows["tokens"][last], 1)), tokens)
         if rows["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:

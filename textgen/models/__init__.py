@@ -29,8 +29,10 @@ def build(config: Config, vocab_size: int) -> LanguageModel:
       UserError: no architecture has that name.
     """
     model = config.model
-    require(model.backbone in BACKBONES,
-            f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, BACKBONES)}")  # fmt: skip
+    require(
+        model.backbone in BACKBONES,
+        f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, BACKBONES)}",
+    )
     return LanguageModel(
         backbone=BACKBONES[model.backbone].from_config(model, config.context),
         vocab_size=vocab_size,

@@ -26,7 +26,9 @@ class LanguageModel(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        self.embedding = self.param("embedding", nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32)
+        self.embedding = self.param(
+            "embedding", nn.initializers.normal(0.02), (self.vocab_size, self.width), jnp.float32
+        )
         self.final_norm = Norm(self.norm)
         if not self.tie_embedding:
             self.head = Linear(self.vocab_size, dtype=self.dtype, kernel_init=nn.initializers.zeros)

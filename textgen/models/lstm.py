@@ -145,12 +145,12 @@ def _forward(projected: Any, recurrent: Any, h: Any, c: Any) -> tuple[Any, Any]:
         hidden, c_old, gates = hidden[None], c_old[None], gates[None]
     else:
         last, (hidden, c_old, gates) = jax.lax.scan(step, start, projected)
-    saved = (recurrent, h, c, last[1], hidden, c_old, gates)
+    saved = (recurrent, h, last[1], hidden, c_old, gates)
     return (hidden, (last[0].astype(h.dtype), last[1])), saved
 
 
 def _backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
-    recurrent, h, c, c_last, hidden, c_old, gates = saved
+    recurrent, h, c_last, hidden, c_old, gates = saved
     d_hidden, (d_h, d_c) = cotangents
     transposed = recurrent.T
     c_new = jnp.concatenate([c_old[1:], c_last[None]])

@@ -1,0 +1,25 @@
+"""Evaluates a trained model: python -m experiments.evaluate --workdir=runs/shakespeare [--text=FILE]"""
+
+from absl import flags
+
+from experiments import launch
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or a step.")
+_SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Which part of the run's corpus.")
+_TEXT = flags.DEFINE_string("text", None, "A UTF-8 file to evaluate on instead.")
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+    from textgen import inference, run
+
+    run.use_compilation_cache()
+    lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    reports = inference.evaluate_model(lm, split=_SPLIT.value, text=_TEXT.value)
+    print(inference.reports_as_json(reports) if _JSON.value else inference.reports_as_text(reports))
+
+
+if __name__ == "__main__":
+    launch(main)
