@@ -28,7 +28,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names)}."
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Raises UserError(message) unless the condition holds."""
     if not condition:
         raise UserError(message)
@@ -40,7 +40,7 @@ def _positive(config: Any, prefix: str, *names: str) -> None:
         require(value is None or value > 0, f"{prefix}.{name} must be above 0, got {value}.")
 
 
-def _within(config: Any, prefix: str, low: float, high: float, *names: str) -> None:
+def _within(config: Any, prefix: str, low: int, high: int, *names: str) -> None:
     """Each named field lies in [low, high)."""
     for name in names:
         value = getattr(config, name)

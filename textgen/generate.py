@@ -35,13 +35,13 @@ class Generated:
       kept: [B, N] how many tokens the transformations left possible.
     """
 
-    tokens: Int[Any, "B N"]
-    log_probability: Float[Any, "B N"]
-    log_probability_drawn: Float[Any, "B N"]
-    entropy: Float[Any, "B N"]
-    entropy_drawn: Float[Any, "B N"]
-    rank: Int[Any, "B N"]
-    kept: Int[Any, "B N"]
+    tokens: Int[Any, "B *N"]
+    log_probability: Float[Any, "B *N"]
+    log_probability_drawn: Float[Any, "B *N"]
+    entropy: Float[Any, "B *N"]
+    entropy_drawn: Float[Any, "B *N"]
+    rank: Int[Any, "B *N"]
+    kept: Int[Any, "B *N"]
 
 
 @flax.struct.dataclass
@@ -108,7 +108,7 @@ class Generator:
     def stream(
         self,
         params: Any,
-        prompts: Sequence[Int[np.ndarray, "T"]],
+        prompts: Sequence[Int[np.ndarray, "_"]],
         keys: Any,
         transform: Chain,
         *,
@@ -166,7 +166,7 @@ class Generator:
         return state.replace(position=jnp.asarray(np.array(positions, np.int32)[copies]))
 
     def __call__(
-        self, params: Any, prompts: Sequence[Int[np.ndarray, "T"]], keys: Any, transform: Chain, **options: Any
+        self, params: Any, prompts: Sequence[Int[np.ndarray, "_"]], keys: Any, transform: Chain, **options: Any
     ):
         """All of `stream` at once: a Generated of NumPy arrays [B, length]."""
         chunks = list(self.stream(params, prompts, keys, transform, **options))
@@ -179,7 +179,7 @@ def bucket(n: int) -> int:
 
 
 def _observe(token: Any, logits: Any, drawn: Any) -> Generated:
-    """A Generated of [B] for one step."""
+    """What one step tells: a Generated of [B]."""
     model, ours = jax.nn.log_softmax(logits), jax.nn.log_softmax(drawn)
     at = lambda x: jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
     entropy = lambda x: -jnp.sum(jnp.where(jnp.isneginf(x), 0, jnp.exp(x) * x), -1)

@@ -10,19 +10,19 @@ Probabilities that a transformation removes become logits of -inf.
 """
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from textgen.config import UserError, did_you_mean, require
 
 Logits = Float[Array, "B V"]
-Number = float | Float[Array, "B"] | Float[np.ndarray, "B"]
+Number = float | int | Sequence[float | int] | Shaped[np.ndarray, "*B"] | Shaped[Array, "*B"]  # one, or one a row
 
 
 @flax.struct.dataclass
@@ -32,7 +32,7 @@ class Transform:
     Attributes:
       numbers: its settings, scalars or [B].
       name: as it is written in a chain.
-      apply: a pure function.
+      apply: a pure function of the module: a new one each time would compile each time.
     """
 
     numbers: tuple[Any, ...]
@@ -93,15 +93,15 @@ def temperature(value: Number) -> Transform:
       UserError: a temperature below 0, or not finite.
     """
     _check("temperature", value, lambda t: (t >= 0) & np.isfinite(t), "be 0 or more")
+    return _transform("temperature", _temperature, value)
 
-    def apply(logits: Logits, t: Any) -> Logits:
-        t = _column(t)
-        # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
-        shifted = logits - jnp.max(logits, -1, keepdims=True)
-        first = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, -1, keepdims=True)
-        return jnp.where(t > 0, shifted / jnp.where(t > 0, t, 1), jnp.where(first, 0.0, -jnp.inf))
 
-    return _transform("temperature", apply, value)
+def _temperature(logits: Logits, t: Any) -> Logits:
+    t = _column(t)
+    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
+    shifted = logits - jnp.max(logits, -1, keepdims=True)
+    first = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, -1, keepdims=True)
+    return jnp.where(t > 0, shifted / jnp.where(t > 0, t, 1), jnp.where(first, 0.0, -jnp.inf))
 
 
 def greedy() -> Transform:
@@ -118,11 +118,11 @@ def top_k(k: Number) -> Transform:
     _check(
         "top_k", k, lambda k: (k >= 1) & (k == np.round(k)), "be a whole number of 1 or more; to keep all, leave it out"
     )
+    return _transform("top_k", _top_k, k)
 
-    def apply(logits: Logits, k: Any) -> Logits:
-        return _keep_largest(logits, jnp.ones_like(logits), jnp.broadcast_to(_column(k), (logits.shape[0], 1)))
 
-    return _transform("top_k", apply, k)
+def _top_k(logits: Logits, k: Any) -> Logits:
+    return _keep_largest(logits, jnp.ones_like(logits), jnp.broadcast_to(_column(k), (logits.shape[0], 1)))
 
 
 def top_p(p: Number) -> Transform:
@@ -135,12 +135,12 @@ def top_p(p: Number) -> Transform:
       UserError: p outside (0, 1].
     """
     _check("top_p", p, lambda p: (p > 0) & (p <= 1), "lie in (0, 1]")
+    return _transform("top_p", _top_p, p)
 
-    def apply(logits: Logits, p: Any) -> Logits:
-        kept = _keep_largest(logits, jax.nn.softmax(logits, -1), jnp.broadcast_to(_column(p), (logits.shape[0], 1)))
-        return jnp.where(_column(p) < 1, kept, logits)
 
-    return _transform("top_p", apply, p)
+def _top_p(logits: Logits, p: Any) -> Logits:
+    kept = _keep_largest(logits, jax.nn.softmax(logits, -1), jnp.broadcast_to(_column(p), (logits.shape[0], 1)))
+    return jnp.where(_column(p) < 1, kept, logits)
 
 
 def min_p(m: Number) -> Transform:
@@ -150,12 +150,12 @@ def min_p(m: Number) -> Transform:
       UserError: m outside [0, 1].
     """
     _check("min_p", m, lambda m: (m >= 0) & (m <= 1), "lie in [0, 1]")
+    return _transform("min_p", _min_p, m)
 
-    def apply(logits: Logits, m: Any) -> Logits:
-        least = jnp.max(logits, -1, keepdims=True) + jnp.log(_column(m))
-        return jnp.where(logits >= least, logits, -jnp.inf)
 
-    return _transform("min_p", apply, m)
+def _min_p(logits: Logits, m: Any) -> Logits:
+    least = jnp.max(logits, -1, keepdims=True) + jnp.log(_column(m))
+    return jnp.where(logits >= least, logits, -jnp.inf)
 
 
 def _keep_largest(logits: Logits, weight: Logits, wanted: Float[Array, "B 1"]) -> Logits:
@@ -164,7 +164,7 @@ def _keep_largest(logits: Logits, weight: Logits, wanted: Float[Array, "B 1"]) -
     The threshold is the largest value whose upper set weighs enough. It is found exactly, by
     bisecting the 32 bits of a float mapped to integers of the same order.
     """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # -0 is 0
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers ordered as the floats are
     low = jnp.full_like(wanted, jnp.iinfo(jnp.int32).min, jnp.int32)
     high = jnp.max(order, -1, keepdims=True)

@@ -7,7 +7,7 @@ is lossless, except that words beyond the vocabulary become <unk>.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers as hf
@@ -22,6 +22,7 @@ def id_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint8 if vocab_size <= 2**8 else np.uint16 if vocab_size <= 2**16 else np.int32)
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the rest of the house knows of a tokenizer."""
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from textgen.models.layers import Linear, Norm
@@ -44,9 +45,9 @@ class LanguageModel(nn.Module):
 
     def features(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
         carry: Carry = None,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array | np.ndarray, "B"] | None = None,
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Carry]:
@@ -64,9 +65,9 @@ class LanguageModel(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
         carry: Carry = None,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array | np.ndarray, "B"] | None = None,
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T V"], Carry]:
@@ -84,7 +85,7 @@ class LanguageModel(nn.Module):
         return self.logits(y), carry
 
     def next_token(
-        self, tokens: Int[Array, "B T"], carry: Carry, lengths: Int[Array, "B"] | None = None
+        self, tokens: Int[Array | np.ndarray, "B T"], carry: Carry, lengths: Int[Array | np.ndarray, "B"] | None = None
     ) -> tuple[Float[Array, "B V"], Carry]:
         """Logits after each row's last real token alone, so that a prefill holds no [B, T, V]."""
         y, carry = self.features(tokens, carry, lengths)

@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         carry: Carry | None = None,
-        lengths: Int[Array, "B"] | None = None,
+        lengths: Int[Array | np.ndarray, "B"] | None = None,
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Carry | None]:
@@ -148,7 +148,9 @@ class Block(nn.Module):
         return x + Dropout(self.dropout, name="feed_forward_dropout")(y, train), memory
 
 
-def rotate(qk: Float[Array, "B H T K"], positions: Int[Array, "R T"], base: float, heads: int) -> tuple[Any, Any]:
+def rotate(
+    qk: Float[Array, "B H T K"], positions: Int[Array | np.ndarray, "R T"], base: float, heads: int
+) -> tuple[Any, Any]:
     """Turns each pair (j, j + K/2) by position * base^(-2j/K) (Su et al. 2021), then parts queries from keys.
 
     A position is split into 1024 a + b, and the angle of 1024 is reduced modulo a full turn in

@@ -1,0 +1,69 @@
+"""Shapes are checked at run time, four virtual CPU devices stand by, and models are tiny."""
+
+import os
+
+from jaxtyping import install_import_hook
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+hook = install_import_hook("textgen", "beartype.beartype")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 4)
+
+from configs import base  # noqa: E402
+from textgen import config as config_lib  # noqa: E402
+from textgen import models  # noqa: E402
+
+# A paragraph of our own, long enough for every tiny config.
+TEXT = (
+    "The river went by the mill, and the miller watched it go. Every stone in the wall had been laid\n"
+    'by his father\'s hands; every plank of the wheel was younger than he was. "What turns," he said,\n'
+    '"must be mended." So he mended it, in spring and in autumn, and the river went by.\n'
+) * 12
+
+
+def tiny(overrides=None, **more):
+    """A Config that trains in a second; keyword a_b_c is the key a.b_c... given whole in `overrides`."""
+    flat = {
+        "corpus.path": "unused",
+        "data.batch_size": 4,
+        "data.window": 16,
+        "model.width": 16,
+        "model.layers": 2,
+        "model.transformer.heads": 4,
+        "model.transformer.feed_forward_width": 32,
+        "optimizer.warmup_steps": 2,
+        "train.steps": 12,
+        "train.steps_per_dispatch": 4,
+        "eval.every_steps": 6,
+        "eval.batch_size": 4,
+        "checkpoint.every_steps": 6,
+        "log.every_steps": 3,
+        "sample.prompt": "The ",
+        "sample.length": 8,
+        "sample.temperatures": (0.0, 1.0),
+    }
+    source = base.get_config()
+    source.update_from_flattened_dict(flat | (overrides or {}) | more)
+    return config_lib.from_dict(source)
+
+
+def noisy_params(model, seed=0):
+    """Parameters with no zero among them, so that nothing can hide behind one."""
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.4 * random.standard_normal(leaf.shape), jnp.float32), shapes)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+BACKBONES = sorted(models.BACKBONES)

@@ -1,0 +1,175 @@
+"""Generation: independent of the batch, exact beyond the window, compiled once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import BACKBONES, noisy_params, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textgen import generate, models, sampling
+from textgen.config import UserError
+
+V = 7
+
+
+def build(name, overrides=None):
+    model = models.build(tiny({"model.backbone": name} | (overrides or {})), V)
+    params = noisy_params(model)
+    full = jax.jit(lambda p, tokens: model.apply({"params": p}, tokens)[0])
+    step = lambda p, tokens, carry, lengths: model.apply({"params": p}, tokens, carry, lengths, method="next_token")
+    return full, params, generate.Generator(step, model.init_carry, model.max_positions)
+
+
+@pytest.fixture(params=BACKBONES, scope="module")
+def built(request):
+    return build(request.param)
+
+
+def prompts_of(lengths, seed=0):
+    random = np.random.default_rng(seed)
+    return [random.integers(0, V, n).astype(np.int32) for n in lengths]
+
+
+CHAIN = sampling.chain(sampling.temperature(0.9), sampling.top_p(0.95))
+
+
+def test_greedy_generation_is_the_argmax_of_the_full_pass(built):
+    full, params, generator = built
+    (prompt,) = prompts_of([5])
+    made = generator(params, [prompt], generate.row_keys(0, 1), sampling.chain(sampling.greedy()), length=9, chunk=4)
+    text = np.concatenate([prompt, made.tokens[0]])
+    logits = full(params, text[None])
+    np.testing.assert_array_equal(made.tokens[0], np.argmax(logits[0, 4:-1], -1))
+
+
+def test_what_it_tells_of_each_token_is_what_the_full_pass_says(built):
+    full, params, generator = built
+    (prompt,) = prompts_of([3])
+    made = generator(params, [prompt], generate.row_keys(3, 1), CHAIN, length=6)
+    text = np.concatenate([prompt, made.tokens[0]])
+    logits = np.asarray(full(params, text[None]), np.float64)[0, 2:-1]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    drawn = np.asarray(CHAIN(jnp.asarray(logits, jnp.float32)), np.float64)
+    log_q = drawn - np.log(np.exp(drawn).sum(-1, keepdims=True))
+    at = np.arange(6), made.tokens[0]
+    np.testing.assert_allclose(made.log_probability[0], log_p[at], atol=1e-4)
+    np.testing.assert_allclose(made.log_probability_drawn[0], log_q[at], atol=1e-4)
+    np.testing.assert_allclose(made.entropy[0], -(np.exp(log_p) * log_p).sum(-1), atol=1e-4)
+    q = np.exp(log_q)
+    np.testing.assert_allclose(
+        made.entropy_drawn[0], -np.where(q > 0, q * np.maximum(log_q, -99), 0).sum(-1), atol=1e-4
+    )
+    np.testing.assert_array_equal(made.rank[0], (logits > logits[at][:, None]).sum(-1))
+    np.testing.assert_array_equal(made.kept[0], np.isfinite(drawn).sum(-1))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(name):
+    _, params, generator = build(name)
+
+    @settings(max_examples=8, deadline=None)
+    @given(st.lists(st.integers(1, 16), min_size=2, max_size=4), st.floats(0.2, 2.0), st.integers(0, 2**32 - 1))
+    def check(lengths, temperature, seed):
+        chain = sampling.chain(sampling.temperature(temperature))
+        prompts, keys = prompts_of(lengths, seed % 1000), generate.row_keys(seed, len(lengths))
+        together = generator(params, prompts, keys, chain, length=12, chunk=6)
+        order = np.random.default_rng(seed).permutation(len(lengths))
+        shuffled = generator(params, [prompts[i] for i in order], keys[order], chain, length=12, chunk=6)
+        np.testing.assert_array_equal(shuffled.tokens, together.tokens[order])
+        alone = generator(params, prompts[:1], keys[:1], chain, length=12, chunk=6)
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[0])
+
+    check()
+
+
+def test_samples_of_a_prompt_share_its_prefill_and_equal_separate_prompts(built):
+    _, params, generator = built
+    prompts, keys = prompts_of([4, 2]), generate.row_keys(1, 6)
+    shared = generator(params, prompts, keys, CHAIN, length=5, num_samples=3)
+    separate = generator(params, [prompts[0]] * 3 + [prompts[1]] * 3, keys, CHAIN, length=5)
+    np.testing.assert_array_equal(shared.tokens, separate.tokens)
+    assert len({tuple(row) for row in shared.tokens.tolist()}) > 1
+
+
+def test_going_on_from_a_text_equals_not_having_stopped(built):
+    _, params, generator = built
+    (prompt,), keys = prompts_of([3]), generate.row_keys(9, 1)
+    whole = generator(params, [prompt], keys, CHAIN, length=12).tokens[0]
+    first = generator(params, [prompt], keys, CHAIN, length=5).tokens[0]
+    rest = generator(params, [np.concatenate([prompt, first])], keys, CHAIN, length=7).tokens[0]
+    np.testing.assert_array_equal(np.concatenate([first, rest]), whole)
+
+
+def test_the_chunk_and_the_stream_change_nothing(built):
+    _, params, generator = built
+    prompts, keys = prompts_of([3, 6]), generate.row_keys(2, 2)
+    whole = generator(params, prompts, keys, CHAIN, length=13)
+    for chunk in (1, 5, 13):
+        parts = list(generator.stream(params, prompts, keys, CHAIN, length=13, chunk=chunk))
+        np.testing.assert_array_equal(np.concatenate([p.tokens for p in parts], 1), whole.tokens)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_beyond_the_window_it_goes_on_and_equals_recomputing_the_window(name):
+    full, params, generator = build(name, {"model.context": 6})
+    (prompt,) = prompts_of([4])
+    made = generator(params, [prompt], generate.row_keys(0, 1), sampling.chain(sampling.greedy()), length=40, chunk=7)
+    text = np.concatenate([prompt, made.tokens[0]])
+    logits = full(params, text[None])  # sliding-window attention over all of it
+    np.testing.assert_array_equal(text[4:], np.argmax(logits[0, 3:-1], -1))
+
+
+def test_learned_positions_read_their_last_half_afresh_and_go_on():
+    full, params, generator = build("transformer", {"model.transformer.positions": "learned", "model.context": 16})
+    made = generator(params, prompts_of([5]), generate.row_keys(0, 1), sampling.chain(sampling.greedy()), length=40)
+    text = np.concatenate([prompts_of([5])[0], made.tokens[0]])
+    # Every token follows from some window of at least half the positions that ends before it.
+    padded = np.concatenate([text, np.zeros(16, np.int32)])
+    likeliest = np.array([np.argmax(full(params, padded[None, s : s + 16])[0], -1) for s in range(len(text))])
+    for t in range(16, 45):
+        assert text[t] in {likeliest[s, t - s - 1] for s in range(t - 16, t - 7)}
+    long = generator(params, prompts_of([30]), generate.row_keys(0, 1), CHAIN, length=3)
+    assert long.tokens.shape == (1, 3)
+
+
+def test_sampling_frequencies_are_the_models(built):
+    full, params, generator = built
+    (prompt,), n = prompts_of([2]), 4000
+    made = generator(params, [prompt], generate.row_keys(0, n), sampling.chain(), length=1, num_samples=n)
+    logits = full(params, prompt[None])
+    p = np.asarray(jax.nn.softmax(logits[0, -1]))
+    counts = np.bincount(made.tokens[:, 0], minlength=V)
+    # Five standard deviations of a binomial: once in two million runs by chance, and the seed is fixed.
+    assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1).all()
+
+
+def test_no_prompt_length_seed_or_number_compiles_again(built):
+    _, params, generator = built
+
+    def run(lengths, seed, temperature, length):
+        chain = sampling.chain(sampling.temperature(temperature))
+        generator(params, prompts_of(lengths), generate.row_keys(seed, len(lengths)), chain, length=length)
+
+    run([3, 9], 0, 1.0, 60)
+    compiled = generator._prefill._cache_size(), generator._decode._cache_size()
+    run([16, 1], 1, 0.0, 55)
+    run([2, 2], 2, 0.3, 58)
+    run([5, 12], 3, 2.0, 51)
+    assert (generator._prefill._cache_size(), generator._decode._cache_size()) == compiled
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "at least one prompt"),
+        ([np.zeros(0, np.int32)], {}, "A prompt is empty"),
+        ([np.zeros(1, np.int32)], {"length": 0}, "length must be 1 or more, got 0"),
+        ([np.zeros(1, np.int32)], {"num_samples": 0}, "num_samples must be 1 or more, got 0"),
+    ],
+)
+def test_bad_requests_are_refused(built, prompts, options, message):
+    _, params, generator = built
+    with pytest.raises(UserError, match=message):
+        generator(params, prompts, generate.row_keys(0, 1), CHAIN, **({"length": 2} | options))

