@@ -329,7 +329,7 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
     return value
 
 
-def _build(source: Mapping, kind: type, prefix: str) -> Any:
+def _build(source: Any, kind: type, prefix: str) -> Any:
     require(isinstance(source, Mapping), f"{prefix[:-1]} must be a group of keys, got {source!r}.")
     fields = typing.get_type_hints(kind)
     for key in source:

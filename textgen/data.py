@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped
+from jaxtyping import Bool, Integer, Shaped
 
 from textgen.config import Config, CorpusConfig, DataConfig, require
 from textgen.corpora import Corpus, open_corpus
@@ -127,7 +127,7 @@ class Batches:
             self._epoch = (epoch, int(random.integers(self.slack + 1)), random.permutation(self.windows))
         return self._epoch[1], self._epoch[2]
 
-    def starts(self, step: int) -> Int[np.ndarray, "B"]:
+    def starts(self, step: int) -> Integer[np.ndarray, "B"]:
         """Where each row's window begins in the text."""
         rows, window = self.config.batch_size, self.config.window
         if self.config.order == "stream":

@@ -72,7 +72,7 @@ class Evaluator:
         self._in_windows = jax.jit(in_windows)
         self._in_stream = jax.jit(in_stream, donate_argnums=3)
 
-    def window_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "N"]:
+    def window_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "M"]:
         """-ln p of every token but the first, each predicted from its own window alone."""
         window, rows = self.window, self.batch_size
         count = len(tokens) - 1
@@ -89,7 +89,7 @@ class Evaluator:
         nats += [np.asarray(part).ravel() for part in waiting]
         return np.concatenate(nats)[:count]
 
-    def stream_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "N"]:
+    def stream_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "M"]:
         """-ln p of every token but the first, each predicted from all that came before it.
 
         A Transformer sees as much of it as its context holds.
@@ -114,7 +114,7 @@ class Evaluator:
         return np.concatenate([np.asarray(part)[0] for part in nats])[:count]
 
 
-def report(nats: Float[np.ndarray, "N"], split: Split, window: int | None = None) -> Report:
+def report(nats: Float[np.ndarray, "M"], split: Split, window: int | None = None) -> Report:
     """Sums up what the predictions of a split cost; by position where they were made in windows."""
     nats = np.asarray(nats, np.float64)
     share = len(nats) / max(len(split.tokens) - 1, 1)  # of the split, when only its start was read

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Integer
 
 from textgen.config import require
 from textgen.sampling import Chain, draw
@@ -35,13 +35,13 @@ class Generated:
       kept: [B, N] how many tokens the transformations left possible.
     """
 
-    tokens: Int[Any, "B *N"]
-    log_probability: Float[Any, "B *N"]
-    log_probability_drawn: Float[Any, "B *N"]
-    entropy: Float[Any, "B *N"]
-    entropy_drawn: Float[Any, "B *N"]
-    rank: Int[Any, "B *N"]
-    kept: Int[Any, "B *N"]
+    tokens: Any
+    log_probability: Any
+    log_probability_drawn: Any
+    entropy: Any
+    entropy_drawn: Any
+    rank: Any
+    kept: Any
 
 
 @flax.struct.dataclass
@@ -56,8 +56,8 @@ class State:
     """
 
     carry: Any
-    token: Int[Array, "B"]
-    position: Int[Array, "B"]
+    token: Any
+    position: Any
     keys: Any
 
 
@@ -108,7 +108,7 @@ class Generator:
     def stream(
         self,
         params: Any,
-        prompts: Sequence[Int[np.ndarray, "_"]],
+        prompts: Sequence[Integer[np.ndarray, "_"]],
         keys: Any,
         transform: Chain,
         *,
@@ -166,7 +166,7 @@ class Generator:
         return state.replace(position=jnp.asarray(np.array(positions, np.int32)[copies]))
 
     def __call__(
-        self, params: Any, prompts: Sequence[Int[np.ndarray, "_"]], keys: Any, transform: Chain, **options: Any
+        self, params: Any, prompts: Sequence[Integer[np.ndarray, "_"]], keys: Any, transform: Chain, **options: Any
     ):
         """All of `stream` at once: a Generated of NumPy arrays [B, length]."""
         chunks = list(self.stream(params, prompts, keys, transform, **options))

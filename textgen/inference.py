@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from textgen import checkpoints as checkpoints_lib
 from textgen import corpora, data, evaluate, generate, models, sampling, tokenizers
@@ -30,13 +30,13 @@ class Sample:
 
     prompt: str
     text: str
-    tokens: Int[np.ndarray, "N"]
+    tokens: Integer[np.ndarray, "N"]
     log_probability: Float[np.ndarray, "N"]
     log_probability_drawn: Float[np.ndarray, "N"]
     entropy: Float[np.ndarray, "N"]
     entropy_drawn: Float[np.ndarray, "N"]
-    rank: Int[np.ndarray, "N"]
-    kept: Int[np.ndarray, "N"]
+    rank: Integer[np.ndarray, "N"]
+    kept: Integer[np.ndarray, "N"]
 
     def summary(self) -> str:
         """The text's mean surprise and entropy under the model, for people."""
@@ -137,7 +137,7 @@ class TextModel:
             print(piece, end="", flush=True)
         print()
 
-    def score(self, text: str) -> Float[np.ndarray, "N-1"]:
+    def score(self, text: str) -> Float[np.ndarray, "M"]:
         """Log-probability in nats of each token of a text after the first, given all that came before.
 
         Raises:
@@ -145,7 +145,7 @@ class TextModel:
         """
         return -self.nats(self.tokenizer.encode(text), stream=self.model.max_positions is None)
 
-    def nats(self, tokens: data.Tokens, *, stream: bool) -> Float[np.ndarray, "N-1"]:
+    def nats(self, tokens: data.Tokens, *, stream: bool) -> Float[np.ndarray, "M"]:
         """-ln p of each token after the first: as one stream, or in windows of eval.window."""
         require(
             len(tokens) >= 2,
@@ -166,7 +166,7 @@ class TextModel:
         other.__dict__ |= {**vars(self), "params": params, "step": step}
         return other
 
-    def _encode(self, prompt: str) -> Int[np.ndarray, "T"]:
+    def _encode(self, prompt: str) -> Integer[np.ndarray, "T"]:
         require(
             len(prompt) > 0,
             "The prompt is empty, and there is no start token: give at least one character, such as '\\n'.",

@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Integer, Shaped
 
 from textgen.config import UserError, did_you_mean, require
 
@@ -222,7 +222,7 @@ def parse(text: str) -> Chain:
     return chain(*transforms)
 
 
-def draw(logits: Logits, uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+def draw(logits: Logits, uniform: Float[Array, "B"]) -> Integer[Array, "B"]:
     """One token per row by inverting the cumulative distribution at a uniform in [0, 1).
 
     One random number a row is all it takes, and the draw is exact for a grid of them. A uniform

@@ -7,7 +7,7 @@ is lossless, except that words beyond the vocabulary become <unk>.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, runtime_checkable
 
 import numpy as np
 import tokenizers as hf
@@ -33,7 +33,7 @@ class Tokenizer(Protocol):
         """Token ids [N]. Raises UserError for text that has no token."""
         ...
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """The text of some token ids; bytes that are not UTF-8 become U+FFFD."""
         ...
 
@@ -65,7 +65,7 @@ class CharacterTokenizer:
             )
         return ids.astype(id_dtype(self.vocab_size))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return "".join(self.alphabet[int(i)] for i in ids)
 
     def state(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class ByteTokenizer:
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return bytes(int(i) for i in ids).decode("utf-8", "replace")
 
     def state(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class LibraryTokenizer:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         return np.array(ids, id_dtype(self.vocab_size))
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def state(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class StreamDecoder:
         self._tokenizer = tokenizer
         self._pending: list[int] = []
 
-    def __call__(self, ids: Iterable[int], *, last: bool = False) -> str:
+    def __call__(self, ids: Iterable[SupportsIndex], *, last: bool = False) -> str:
         """The text that `ids` complete; with last=True, whatever is left besides."""
         text = ""
         for i in ids:

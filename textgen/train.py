@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Integer
 
 from textgen import optimizers, parallel
 from textgen.config import Config
@@ -36,15 +36,15 @@ class State:
       skipped_in_a_row: [] the same, since the last good step.
     """
 
-    step: Int[Array, ""]
+    step: Any
     params: Any
     opt_state: Any
     average: Any
     key: Any
     carry: Any
-    sums: dict[str, Array]
-    skipped: Int[Array, ""]
-    skipped_in_a_row: Int[Array, ""]
+    sums: Any
+    skipped: Any
+    skipped_in_a_row: Any
 
     @property
     def eval_params(self) -> Any:
@@ -83,7 +83,7 @@ class Trainer:
         return jax.jit(self._init, out_shardings=self.shardings)()
 
     def dispatch(
-        self, state: State, windows: Int[np.ndarray, "K B T1"], fresh: Bool[np.ndarray, "K"]
+        self, state: State, windows: Integer[np.ndarray, "K B T1"], fresh: Bool[np.ndarray, "K"]
     ) -> tuple[State, dict[str, Array]]:
         """Takes K' <= K steps, and returns the running sums after each, [K] with K' filled."""
         count, most = len(windows), self.config.train.steps_per_dispatch
@@ -123,7 +123,7 @@ class Trainer:
 
         return jax.lax.fori_loop(0, count, body, (state, rows))
 
-    def _step(self, state: State, window: Int[Array, "B T1"], fresh: Bool[Array, ""]) -> State:
+    def _step(self, state: State, window: Integer[Array, "B T1"], fresh: Bool[Array, ""]) -> State:
         config = self.config
         key = jax.random.fold_in(state.key, state.step)
         carry = state.carry
@@ -132,7 +132,7 @@ class Trainer:
             carry = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), empty, carry)
         nats, tokens, gradients, carry = self._gradients(state.params, window, carry, key)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average

@@ -5,10 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from textgen.models.layers import Linear, Norm
 
+Tokens = Integer[Array | np.ndarray, "B T"]
+Lengths = Integer[Array | np.ndarray, "B"]
 Carry = Any  # the backbone's own pytree; the batch is the first axis of every leaf
 
 
@@ -45,9 +47,9 @@ class LanguageModel(nn.Module):
 
     def features(
         self,
-        tokens: Int[Array | np.ndarray, "B T"],
+        tokens: Tokens,
         carry: Carry = None,
-        lengths: Int[Array | np.ndarray, "B"] | None = None,
+        lengths: Lengths | None = None,
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Carry]:
@@ -65,9 +67,9 @@ class LanguageModel(nn.Module):
 
     def __call__(
         self,
-        tokens: Int[Array | np.ndarray, "B T"],
+        tokens: Tokens,
         carry: Carry = None,
-        lengths: Int[Array | np.ndarray, "B"] | None = None,
+        lengths: Lengths | None = None,
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T V"], Carry]:
@@ -85,7 +87,10 @@ class LanguageModel(nn.Module):
         return self.logits(y), carry
 
     def next_token(
-        self, tokens: Int[Array | np.ndarray, "B T"], carry: Carry, lengths: Int[Array | np.ndarray, "B"] | None = None
+        self,
+        tokens: Tokens,
+        carry: Carry,
+        lengths: Lengths | None = None,
     ) -> tuple[Float[Array, "B V"], Carry]:
         """Logits after each row's last real token alone, so that a prefill holds no [B, T, V]."""
         y, carry = self.features(tokens, carry, lengths)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig
 from textgen.models.layers import Dropout
@@ -48,7 +48,7 @@ class LSTM(nn.Module):
         self,
         x: Float[Array, "B T D"],
         carry: Carry | None = None,
-        lengths: Int[Array | np.ndarray, "B"] | None = None,
+        lengths: Integer[Array | np.ndarray, "B"] | None = None,
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Carry | None]:
@@ -178,7 +178,7 @@ def _backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
 recurrence.defvjp(_forward, _backward)
 
 
-def _ragged(projected: Any, recurrent: Any, state: Any, lengths: Int[Array | np.ndarray, "B"]) -> tuple[Any, Any]:
+def _ragged(projected: Any, recurrent: Any, state: Any, lengths: Integer[Array | np.ndarray, "B"]) -> tuple[Any, Any]:
     """The same, where row i stops changing its state after lengths[i] steps."""
 
     def step(state: Any, inputs: Any) -> tuple[Any, Any]:

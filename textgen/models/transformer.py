@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig, TransformerConfig
 from textgen.models.layers import Dropout, Linear, Norm
@@ -30,9 +30,9 @@ class Carry:
       written: [B] where the next slot is, before it is taken modulo S; equal in all rows.
     """
 
-    memory: tuple[tuple[Float[Array, "B G S K"], Float[Array, "B G S K"]], ...]
-    position: Int[Array, "B"]
-    written: Int[Array, "B"]
+    memory: tuple[tuple[Any, Any], ...]
+    position: Any
+    written: Any
 
 
 class Transformer(nn.Module):
@@ -77,7 +77,7 @@ class Transformer(nn.Module):
         self,
         x: Float[Array, "B T D"],
         carry: Carry | None = None,
-        lengths: Int[Array | np.ndarray, "B"] | None = None,
+        lengths: Integer[Array | np.ndarray, "B"] | None = None,
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Carry | None]:
@@ -149,7 +149,7 @@ class Block(nn.Module):
 
 
 def rotate(
-    qk: Float[Array, "B H T K"], positions: Int[Array | np.ndarray, "R T"], base: float, heads: int
+    qk: Float[Array, "B H T K"], positions: Integer[Array | np.ndarray, "R T"], base: float, heads: int
 ) -> tuple[Any, Any]:
     """Turns each pair (j, j + K/2) by position * base^(-2j/K) (Su et al. 2021), then parts queries from keys.
 

@@ -1,0 +1,189 @@
+"""The training step: exact under cutting, accumulation and sharding; unmoved by what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import BACKBONES, TEXT, tiny
+
+from textgen import data, models, optimizers, parallel, train
+from textgen.tokenizers import CharacterTokenizer
+
+TOKENIZER = CharacterTokenizer("".join(sorted(set(TEXT))))
+TOKENS = TOKENIZER.encode(TEXT)
+
+
+def trainer_of(overrides=None):
+    config = tiny(overrides)
+    model = models.build(config, TOKENIZER.vocab_size)
+    return train.Trainer(model, config, parallel.make_mesh(config.mesh)), data.Batches(TOKENS, config.data, config.seed)
+
+
+def run(trainer, batches, state=None, until=None):
+    """Trains with the loop itself; returns the state and the rows of the curve."""
+    rows = []
+    state = trainer.init() if state is None else state
+    pauses = [(train.at(until), lambda *_: None)] if until else []
+    state = train.loop(
+        trainer,
+        state,
+        batches,
+        on_row=lambda step, metrics: rows.append((step, metrics)),
+        on_dispatch=lambda *_: None,
+        pauses=pauses,
+        save=lambda *_: None,
+    )
+    return state, rows
+
+
+def losses(rows):
+    return [(step, m["train/loss"]) for step, m in rows]
+
+
+def equal(a, b):
+    keys = lambda x: jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(keys(x), keys(y)), a, b)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("order", ["shuffled", "stream"])
+def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order):
+    overrides = {"model.backbone": name, "data.order": order, "model.dropout": 0.1, "train.ema_decay": 0.9}
+    trainer, batches = trainer_of(overrides)
+    whole, rows = run(trainer, batches)
+    # Cut at every step, and where it falls in the middle of a row of the curve.
+    state = trainer.init()
+    singles = []
+    for step in range(12):
+        state, sums = trainer.dispatch(state, *batches(step, 1))
+        if (step + 1) % 3 == 0:
+            singles.append((step + 1, float(sums["nats"][0] / sums["tokens"][0])))
+    equal(state, whole)
+    assert losses(rows) == singles
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_accumulation_equals_one_big_batch(name):
+    whole, rows = run(*trainer_of({"model.backbone": name}))
+    for parts in (2, 4):
+        state, part_rows = run(*trainer_of({"model.backbone": name, "train.accumulation": parts}))
+        np.testing.assert_allclose([x for _, x in losses(part_rows)], [x for _, x in losses(rows)], rtol=2e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, whole.params)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("mesh", [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
+def test_four_devices_give_the_losses_of_one(name, mesh):
+    _, rows = run(*trainer_of({"model.backbone": name}))
+    overrides = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    trainer, batches = trainer_of({"model.backbone": name, "optimizer.name": "adamw"} | overrides)
+    state, sharded = run(trainer, batches)
+    np.testing.assert_allclose([x for _, x in losses(sharded)], [x for _, x in losses(rows)], rtol=1e-4)
+    used = {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.params)}
+    assert used == {4}
+    if mesh[1] * mesh[2] > 1:  # parameters are split, not copied
+        assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="takes 8 x 1 x 1 = 8 devices, and there are 4"):
+        parallel.make_mesh(tiny({"mesh.data": 8, "data.batch_size": 8}).mesh)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
+def test_every_optimizer_learns(name):
+    rate = {"adamw": 1e-2, "muon": 1e-2, "lion": 1e-3, "sgd": 0.3}[name]
+    overrides = {"optimizer.name": name, "optimizer.learning_rate": rate, "train.steps": 40, "log.every_steps": 10}
+    _, rows = run(*trainer_of(overrides))
+    assert losses(rows)[-1][1] < losses(rows)[0][1] - 0.3
+
+
+def test_muon_moves_hidden_matrices_and_adam_the_rest():
+    trainer, _ = trainer_of({"optimizer.name": "muon"})
+    chosen = jax.tree_util.tree_leaves_with_path(
+        optimizers._muon_dimensions(trainer.abstract.params), is_leaf=lambda x: x is None
+    )
+    names = {"/".join(str(getattr(k, "key", k)) for k in path) for path, leaf in chosen if leaf is not None}
+    assert names == {f"backbone/block_{i}/{m}/kernel" for i in range(2) for m in ("qkv", "out", "up", "down")}
+
+
+def test_weight_decay_acts_on_matrices_alone():
+    trainer, batches = trainer_of({"optimizer.learning_rate": 1e-2, "optimizer.weight_decay": 50.0, "train.steps": 40})
+    before = trainer.init().params
+    after, _ = run(trainer, batches)
+    shrunk = lambda path: float(optax.tree.norm(path(after.params)) / optax.tree.norm(path(before)))
+    assert shrunk(lambda p: p["backbone"]["block_0"]["up"]["kernel"]) < 0.2
+    assert shrunk(lambda p: p["final_norm"]["scale"]) > 0.5
+    assert shrunk(lambda p: p["embedding"]) > 0.5
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear", "wsd"])
+def test_schedules_warm_up_and_end_where_they_should(name):
+    config = tiny({"optimizer.schedule": name, "optimizer.warmup_steps": 10, "train.steps": 100}).optimizer
+    curve = np.array([float(optimizers.schedule(config, 100)(s)) for s in range(101)])
+    np.testing.assert_allclose(curve[:10], (np.arange(10) + 1) / 10, rtol=1e-5)
+    np.testing.assert_allclose(curve.max(), 1, rtol=1e-5)
+    np.testing.assert_allclose(curve[100], 1 if name == "constant" else 0.1, atol=0.02)
+    assert (np.diff(curve[10:]) <= 1e-6).all()
+    if name == "wsd":
+        np.testing.assert_allclose(curve[10:79], 1, rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    trainer, batches = trainer_of({"train.ema_decay": 0.9})
+    state, _ = trainer.dispatch(trainer.init(), *batches(0, 2))
+    poisoned = jax.tree.map(lambda p: p, state.params)
+    poisoned["final_norm"]["scale"] = poisoned["final_norm"]["scale"].at[0].set(jnp.nan)
+    before = jax.tree.map(np.asarray, (poisoned, state.opt_state, state.average))
+    sick = state.replace(params=poisoned)
+    after, sums = trainer.dispatch(sick, *batches(2, 1))
+    equal((after.params, after.opt_state, after.average), before)
+    assert (int(after.skipped), int(after.skipped_in_a_row), int(after.step)) == (1, 1, 3)
+    assert np.isfinite(sums["nats"][0])
+
+
+def test_a_run_that_stays_non_finite_stops():
+    overrides = {"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "train.max_skipped_steps": 3}
+    with pytest.raises(train.Diverged):
+        run(*trainer_of(overrides))
+
+
+def test_the_average_is_the_average_and_is_what_is_evaluated():
+    trainer, batches = trainer_of({"train.ema_decay": 0.5})
+    state = trainer.init()
+    expected = jax.tree.map(np.asarray, state.params)
+    for step in range(6):
+        state, _ = trainer.dispatch(state, *batches(step, 1))
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = jax.tree.map(lambda a, p, d=decay: d * a + (1 - d) * np.asarray(p), expected, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.eval_params, expected)
+
+
+def test_a_run_compiles_its_step_once():
+    trainer, batches = trainer_of({"train.steps": 11, "train.steps_per_dispatch": 4})
+    run(trainer, batches, until=5)
+    assert trainer._dispatch._cache_size() == 1
+
+
+def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
+    trainer, batches = trainer_of({"model.dropout": 0.5, "optimizer.name": "sgd", "optimizer.learning_rate": 1e-9})
+    window = batches(0, 1)
+    seen = []
+    for step in (0, 1, 0):
+        state = trainer.init().replace(step=jnp.int32(step))
+        # The head begins at zero: give it something to read.
+        params = jax.tree.map(lambda p: p + 0.1, state.params)
+        _, sums = trainer.dispatch(state.replace(params=params), *window)
+        seen.append(float(sums["grad_norm"][0]))
+    assert seen[0] != seen[1]
+    assert seen[0] == seen[2]
+
+
+def test_clipping_bounds_the_update():
+    config = tiny({"optimizer.name": "sgd", "optimizer.clip_norm": 0.01, "optimizer.learning_rate": 1.0}).optimizer
+    optimizer = optimizers.build(config, 10)
+    params = {"kernel": jnp.ones((3, 3))}
+    gradients = {"kernel": jnp.full((3, 3), 100.0)}
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    assert float(optax.tree.norm(updates)) <= 0.01 * 2 + 0.1 * 3 * 1.01  # nesterov, and the weight decay
