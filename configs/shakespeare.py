@@ -1,29 +1,46 @@
-"""A character model of tiny Shakespeare."""
+"""A character model of tiny Shakespeare, on two laptop cores, in five minutes.
+
+    python -m experiments.train --config=configs/shakespeare.py               Transformer
+    python -m experiments.train --config=configs/shakespeare.py:lstm          LSTM
+
+README.md has the losses and times that were measured. The settings were chosen on the last tenth
+of the training text; the validation text was not looked at.
+"""
 
 from configs import base
 
 
 def get_config(arg: str = "transformer"):
+    """Args: arg: the backbone; those without settings of their own here take the Transformer's."""
     config = base.get_config()
     config.corpus.name = "tiny_shakespeare"
-    config.data.batch_size = 12
     config.data.window = 128
-    config.eval.window = 256
+    config.eval.window = 256  # as nanoGPT's published result has it
+    config.sample.prompt = "ROMEO:"
     config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 1e-2
+    config.optimizer.adam_learning_rate = 1e-2
     config.optimizer.final_fraction = 0.02
-    config.train.steps = 4000
-    config.eval.every_steps = 1000
-    config.checkpoint.every_steps = 1000
-    config.train.steps_per_dispatch = 50
+    config.model.backbone = arg
     if arg == "lstm":
-        config.model.backbone = "lstm"
         config.model.width = 256
         config.model.layers = 2
-        config.model.dropout = 0.2
-        config.optimizer.learning_rate = 2e-2
-        config.optimizer.weight_decay = 0.1
-        config.data.batch_size = 32
-        config.train.steps_per_dispatch = 10
-        config.train.steps = 1200
+        config.model.dropout = 0.05
+        config.data.batch_size = 64
+        config.optimizer.learning_rate = 3e-2
+        config.optimizer.warmup_steps = 30
+        config.train.steps = 510
+        config.train.steps_per_dispatch = 5
+        config.eval.every_steps = config.checkpoint.every_steps = 170
+        config.log.every_steps = 10
+    else:
+        config.model.width = 128
+        config.model.layers = 4
+        config.model.transformer.activation = "relu2"
+        config.model.transformer.qk_norm = True
+        config.data.batch_size = 24
+        config.optimizer.learning_rate = 1e-2
+        config.train.steps = 1350
+        config.train.steps_per_dispatch = 15
+        config.eval.every_steps = config.checkpoint.every_steps = 450
+        config.log.every_steps = 15
     return config

@@ -1,6 +1,7 @@
 """Shapes are checked at run time, four virtual CPU devices stand by, and models are tiny."""
 
 import os
+from pathlib import Path
 
 from jaxtyping import install_import_hook
 
@@ -13,6 +14,10 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 4)
+# Most of a test's time is compilation, and many tests compile the same program.
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "xla"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 from configs import base  # noqa: E402
 from textgen import config as config_lib  # noqa: E402

@@ -66,14 +66,16 @@ def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order):
 @pytest.mark.parametrize("name", BACKBONES)
 def test_accumulation_equals_one_big_batch(name):
     whole, rows = run(*trainer_of({"model.backbone": name}))
-    for parts in (2, 4):
+    for parts in (4,):
         state, part_rows = run(*trainer_of({"model.backbone": name, "train.accumulation": parts}))
         np.testing.assert_allclose([x for _, x in losses(part_rows)], [x for _, x in losses(rows)], rtol=2e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, whole.params)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.parametrize("mesh", [(4, 1, 1), (2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+    "mesh", [(2, 2, 1), *(pytest.param(m, marks=pytest.mark.slow) for m in [(4, 1, 1), (1, 2, 2)])], ids=str
+)
 def test_four_devices_give_the_losses_of_one(name, mesh):
     _, rows = run(*trainer_of({"model.backbone": name}))
     overrides = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
@@ -91,9 +93,9 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused():
         parallel.make_mesh(tiny({"mesh.data": 8, "data.batch_size": 8}).mesh)
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd"))])
 def test_every_optimizer_learns(name):
-    rate = {"adamw": 1e-2, "muon": 1e-2, "lion": 1e-3, "sgd": 0.3}[name]
+    rate = {"adamw": 1e-2, "muon": 1e-2, "lion": 4e-3, "sgd": 0.3}[name]
     overrides = {"optimizer.name": name, "optimizer.learning_rate": rate, "train.steps": 40, "log.every_steps": 10}
     _, rows = run(*trainer_of(overrides))
     assert losses(rows)[-1][1] < losses(rows)[0][1] - 0.3
@@ -102,7 +104,8 @@ def test_every_optimizer_learns(name):
 def test_muon_moves_hidden_matrices_and_adam_the_rest():
     trainer, _ = trainer_of({"optimizer.name": "muon"})
     chosen = jax.tree_util.tree_leaves_with_path(
-        optimizers._muon_dimensions(trainer.abstract.params), is_leaf=lambda x: x is None
+        optimizers._muon_dimensions(trainer.abstract.params),
+        is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"),
     )
     names = {"/".join(str(getattr(k, "key", k)) for k in path) for path, leaf in chosen if leaf is not None}
     assert names == {f"backbone/block_{i}/{m}/kernel" for i in range(2) for m in ("qkv", "out", "up", "down")}

@@ -83,11 +83,14 @@ class Checkpoints:
 
         self._ocp = ocp
         self.folder = (workdir / "checkpoints").absolute()
-        best = policies.BestN(get_metric_fn=lambda metrics: metrics["eval/loss"], n=1, reverse=True)
+        loss = lambda metrics: metrics["eval/loss"]
+        best = policies.BestN(get_metric_fn=loss, n=1, reverse=True)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only and jax.process_count() == 1,
+            best_fn=loss,  # without it no metric is written
+            best_mode="min",
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         )
         require(not read_only or self.folder.is_dir(), f"'{workdir}' holds no checkpoints yet: train first.")

@@ -24,7 +24,7 @@ class Writer:
         _forget_after(workdir, start_step)
         self._rows = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
         # purge_step tells a TensorBoard that is open already to drop what lies beyond.
-        self._board = SummaryWriter(str(workdir), purge_step=start_step, flush_secs=10)
+        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, and a point of each curve. What is not finite is null in the row."""

@@ -1,6 +1,5 @@
 """The mesh, and where every array lives on it. The same code runs on one CPU and on a cluster."""
 
-import math
 import os
 from typing import Any
 
@@ -58,7 +57,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
     def place(leaf: Any) -> NamedSharding:
         spec: list[str | None] = [None] * leaf.ndim
-        if leaf.ndim >= 2 and math.prod(leaf.shape) >= 1024:
+        if leaf.ndim >= 2:
             if leaf.shape[-1] % mesh.shape["tensor"] == 0 and mesh.shape["tensor"] > 1:
                 spec[-1] = "tensor"
             rest = [i for i in range(leaf.ndim) if spec[i] is None and leaf.shape[i] % mesh.shape["fsdp"] == 0]

@@ -1,0 +1,70 @@
+"""The rules of the house, read from its imports."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    {"config", "plays", "tokenizers", "logs"},
+    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
+    {"checkpoints", "evaluate"},
+    {"train", "inference"},
+    {"run"},
+]
+LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
+# Within a layer, who may know whom.
+BESIDE = {("plays", "config"), ("tokenizers", "config"), ("data", "corpora"), ("generate", "sampling")}
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def rooms():
+    for path in sorted((ROOT / "textgen").rglob("*.py")):
+        parts = path.relative_to(ROOT / "textgen").with_suffix("").parts
+        if parts != ("__init__",):
+            yield parts[0], path
+
+
+def test_every_room_has_a_layer():
+    assert {room for room, _ in rooms()} == set(LAYER)
+
+
+@pytest.mark.parametrize(("room", "path"), list(rooms()), ids=lambda x: getattr(x, "stem", x))
+def test_a_module_imports_only_lower_layers(room, path):
+    for name in imports(path):
+        if name.startswith("textgen."):
+            other = name.split(".")[1]
+            if other in LAYER and other != room:
+                assert LAYER[other] < LAYER[room] or (room, other) in BESIDE, f"{room} imports {other}"
+
+
+def test_only_the_rooms_that_should_know_a_library_do():
+    for room, path in rooms():
+        for name in imports(path):
+            if name.startswith("flax.linen"):
+                assert room == "models", f"{path.name} imports flax.linen"
+            if name.startswith("ml_collections"):
+                assert room in {"config", "run"}, f"{path.name} imports ml_collections"
+            assert not name.startswith(("configs", "experiments", "tensorflow")), f"{path.name} imports {name}"
+    for room in ("sampling", "generate"):
+        assert not any(n.startswith("textgen.models") for n in imports(ROOT / "textgen" / f"{room}.py"))
+
+
+def test_experiments_are_thin():
+    for path in (ROOT / "experiments").glob("*.py"):
+        names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+        assert path.stem in {"__init__", "benchmark"} or names == {"main"}, f"{path.name} holds logic: {names}"
+
+
+def test_no_file_is_too_long_for_one_subject():
+    for _, path in rooms():
+        assert len(path.read_text().splitlines()) <= 400, path.name
