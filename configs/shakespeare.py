@@ -28,9 +28,9 @@ def get_config(arg: str = "transformer"):
         config.data.batch_size = 64
         config.optimizer.learning_rate = 3e-2
         config.optimizer.warmup_steps = 30
-        config.train.steps = 510
+        config.train.steps = 570
         config.train.steps_per_dispatch = 5
-        config.eval.every_steps = config.checkpoint.every_steps = 170
+        config.eval.every_steps = config.checkpoint.every_steps = 190
         config.log.every_steps = 10
     else:
         config.model.width = 128
@@ -39,8 +39,8 @@ def get_config(arg: str = "transformer"):
         config.model.transformer.qk_norm = True
         config.data.batch_size = 24
         config.optimizer.learning_rate = 1e-2
-        config.train.steps = 1350
+        config.train.steps = 1650
         config.train.steps_per_dispatch = 15
-        config.eval.every_steps = config.checkpoint.every_steps = 450
+        config.eval.every_steps = config.checkpoint.every_steps = 550
         config.log.every_steps = 15
     return config
