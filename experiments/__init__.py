@@ -1,5 +1,6 @@
 """Thin mains: flags, then one call. `launch` is the border where a user's mistake becomes one line."""
 
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -43,10 +44,12 @@ def launch(main: Callable[[], Any]) -> None:
             _refuse(error)
         except Interrupted as stop:
             print(f"Stopped after step {stop.step}; everything so far is saved. To go on, run the same command again:")
-            print("  python -m " + " ".join([_module(), *sys.argv[1:]]))
+            print("  python -m " + shlex.join([_module(), *sys.argv[1:]]))
             sys.exit(130)
         except KeyboardInterrupt:
             sys.exit(130)
+        except OSError as error:  # a disk that is full, a folder that is not ours
+            _refuse(error)
 
     app.run(guarded, flags_parser=parse)
 

@@ -97,7 +97,9 @@ def torch_training(backbone: str, width: int, layers: int, rows: int, tokens: in
 
     model = Model()
     used = [p for name, p in model.named_parameters() if not name.startswith(("blocks", "positions", "lstm"))]
-    used += list(model.lstm.parameters()) if backbone == "lstm" else [model.positions.weight, *model.blocks.parameters()]
+    used += (
+        list(model.lstm.parameters()) if backbone == "lstm" else [model.positions.weight, *model.blocks.parameters()]
+    )
     optimizer = torch.optim.AdamW(used, lr=1e-3, betas=(0.9, 0.99), fused=True)
 
     def call() -> None:
@@ -139,7 +141,9 @@ def main() -> None:
         rows.append({"job": "train " + name, "ours": tokens / ours, "pytorch": tokens / theirs, "ratio": theirs / ours})
         if not _JSON.value:
             r = rows[-1]
-            print(f"{r['job']:32s} {r['ours']:10,.0f} {r['pytorch']:10,.0f} tokens/s   ratio {r['ratio']:.2f}", flush=True)
+            print(
+                f"{r['job']:32s} {r['ours']:10,.0f} {r['pytorch']:10,.0f} tokens/s   ratio {r['ratio']:.2f}", flush=True
+            )
     if _JSON.value:
         print(json.dumps({"machine": platform.processor(), "torch": torch.__version__, "rows": rows}, indent=1))
 

@@ -15,7 +15,7 @@ V = 7
 
 
 def build(name, overrides=None):
-    model = models.build(tiny({"model.backbone": name} | (overrides or {})), V)
+    model = models.build(tiny({"model.backbone": name, "model.layers": 2} | (overrides or {})), V)
     params = noisy_params(model)
     full = jax.jit(lambda p, tokens: model.apply({"params": p}, tokens)[0])
     step = lambda p, tokens, carry, lengths: model.apply({"params": p}, tokens, carry, lengths, method="next_token")

@@ -23,7 +23,7 @@ VARIANTS = [(name, {}) for name in BACKBONES] + [
 
 
 def make(name, overrides=None, seed=0):
-    config = tiny({"model.backbone": name} | (overrides or {}))
+    config = tiny({"model.backbone": name, "model.layers": 2} | (overrides or {}))
     model = models.build(config, V)
     return model, noisy_params(model, seed)
 

@@ -78,9 +78,42 @@ def test_min_p_keeps_what_is_likely_enough_whatever_the_shift():
     assert kept(sampling.min_p(0.0), z).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(VOCABULARIES, st.floats(0.02, 0.99), st.integers(0, 999))
+def test_cut_offs_equal_their_definitions(vocab, x, seed):
+    z = random_logits(2, vocab, seed)
+    for row, got in zip(z, kept(sampling.typical(x), z), strict=True):
+        p = probabilities(row)
+        distance = np.abs(-np.log(p) + (p * np.log(p)).sum())
+        order = np.argsort(distance, kind="stable")
+        mass = np.cumsum(p[order])
+        assume((np.abs(mass - x) > 1e-5).all())
+        assume(vocab < 2 or np.diff(distance[order]).min() > 1e-5)
+        np.testing.assert_array_equal(got, np.isin(np.arange(vocab), order[: int((mass < x).sum()) + 1]))
+    p = probabilities(z)
+    entropy = -(p * np.log(p)).sum(-1, keepdims=True)
+    largest = p == p.max(-1, keepdims=True)
+    np.testing.assert_array_equal(kept(sampling.epsilon(x), z), (p >= x) | largest)
+    np.testing.assert_array_equal(
+        kept(sampling.eta(x), z), (p >= np.minimum(x, np.sqrt(x) * np.exp(-entropy))) | largest
+    )
+    sigma = z >= z.max(-1, keepdims=True) - 3 * x * z.std(-1, keepdims=True)
+    np.testing.assert_array_equal(kept(sampling.top_n_sigma(3 * x), z), sigma)
+    np.testing.assert_array_equal(kept(sampling.top_n_sigma(3 * x), z / 4), sigma)  # whatever the temperature
+
+
 def test_identities():
     z = random_logits(3, 9)
-    for transform in (sampling.temperature(1.0), sampling.top_p(1.0), sampling.top_k(9), sampling.min_p(0.0)):
+    for transform in (
+        sampling.temperature(1.0),
+        sampling.top_p(1.0),
+        sampling.top_k(9),
+        sampling.min_p(0.0),
+        sampling.typical(1.0),
+        sampling.epsilon(0.0),
+        sampling.eta(0.0),
+        sampling.top_n_sigma(1e9),
+    ):
         np.testing.assert_allclose(probabilities(transform(jnp.asarray(z))), probabilities(z), atol=1e-6)
     np.testing.assert_array_equal(sampling.chain()(jnp.asarray(z)), z)
 
@@ -121,8 +154,16 @@ def test_reweighting_keeps_zeros_at_zero_and_refuses_temperature_zero():
 
 def test_removed_tokens_stay_removed_and_one_token_is_enough():
     z = np.array([[0.0, -INF, 1.0, -INF]], np.float32)
-    for transform in (sampling.temperature(0.5), sampling.temperature(0.0), sampling.top_k(3), sampling.top_p(0.9),
-                      sampling.min_p(0.1)):  # fmt: skip
+    for transform in (
+        sampling.temperature(0.5),
+        sampling.temperature(0.0),
+        sampling.top_k(3),
+        sampling.top_p(0.9),
+        sampling.min_p(0.1),
+        sampling.typical(0.9),
+        sampling.eta(0.1),
+        sampling.top_n_sigma(1.0),
+    ):
         got = np.asarray(transform(jnp.asarray(z)))
         assert not np.isnan(got).any()
         assert np.isneginf(got[0, [1, 3]]).all()

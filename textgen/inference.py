@@ -106,7 +106,7 @@ class TextModel:
         chain = make_chain(sampler, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
         keys = self._keys(seed, len(texts), num_samples)
         made = self._generator(
-            self.params, [self._encode(t) for t in texts], keys, chain, length=length, num_samples=num_samples
+            self.params, [self.encode_prompt(t) for t in texts], keys, chain, length=length, num_samples=num_samples
         )
         return [
             Sample(text, self.tokenizer.decode(row.tokens), **vars(row))
@@ -120,7 +120,7 @@ class TextModel:
         decoder = tokenizers.StreamDecoder(self.tokenizer)
         made = self._generator.stream(
             self.params,
-            [self._encode(prompt)],
+            [self.encode_prompt(prompt)],
             self._keys(seed, 1, 1),
             make_chain(**options),
             length=length,
@@ -166,7 +166,8 @@ class TextModel:
         other.__dict__ |= {**vars(self), "params": params, "step": step}
         return other
 
-    def _encode(self, prompt: str) -> Integer[np.ndarray, "T"]:
+    def encode_prompt(self, prompt: str) -> Integer[np.ndarray, "T"]:
+        """The ids of a prompt. Raises UserError where it is empty, or has a character that the vocabulary lacks."""
         require(
             len(prompt) > 0,
             "The prompt is empty, and there is no start token: give at least one character, such as '\\n'.",

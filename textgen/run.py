@@ -1,5 +1,6 @@
 """Wiring: config -> corpus -> tokenizer -> data -> model -> optimizer -> state, trained to the end."""
 
+import contextlib
 import math
 import os
 import shlex
@@ -52,9 +53,11 @@ class Session:
         self.batches = data.Batches(self.dataset.train.tokens, config.data, config.seed)
         model = models.build(config, self.dataset.tokenizer.vocab_size)
         self.trainer = train.Trainer(model, config, self.mesh)
-        self.prompt_ids = self.dataset.tokenizer.encode(config.sample.prompt)
-        require(len(self.prompt_ids) > 0, "sample.prompt is empty: give at least one character, such as '\\n'.")
         self.model = inference.TextModel(model, None, self.dataset.tokenizer, config, 0)
+        try:
+            self.model.encode_prompt(config.sample.prompt)
+        except UserError as error:
+            raise UserError(f"sample.prompt: {error}") from None
 
     @cached_property
     def parameters(self) -> int:
@@ -125,17 +128,19 @@ class Session:
             (train.every(config.eval.every_steps, config.train.steps), evaluate_now),
             (train.every(config.checkpoint.every_steps, config.train.steps), save),
         ]
+        profile = contextlib.ExitStack()
         first = config.log.profile_step
-        if first is not None:
+        if first is not None and start < first:
+            trace = lambda *_: profile.enter_context(jax.profiler.trace(str(self.workdir)))
             pauses += [
-                (train.at(first), lambda *_: jax.profiler.start_trace(str(self.workdir))),
-                (train.at(first + config.log.profile_steps), lambda *_: jax.profiler.stop_trace()),
+                (train.at(first), trace),
+                (train.at(first + config.log.profile_steps), lambda *_: profile.close()),
             ]
         if start:
             logs.console.print(f"resuming at step {start}")
         final: dict[str, float] = {}
         try:
-            with logs.Display(config.train.steps, start) as display:
+            with profile, logs.Display(config.train.steps, start) as display:
                 state = train.loop(
                     trainer,
                     state,

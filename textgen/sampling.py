@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer, Shaped
+from jaxtyping import Array, Bool, Float, Integer, Shaped
 
 from textgen.config import UserError, did_you_mean, require
 
@@ -122,7 +122,7 @@ def top_k(k: Number) -> Transform:
 
 
 def _top_k(logits: Logits, k: Any) -> Logits:
-    return _keep_largest(logits, jnp.ones_like(logits), jnp.broadcast_to(_column(k), (logits.shape[0], 1)))
+    return _keep(logits, _largest(logits, jnp.ones_like(logits), _column(k)))
 
 
 def top_p(p: Number) -> Transform:
@@ -139,8 +139,8 @@ def top_p(p: Number) -> Transform:
 
 
 def _top_p(logits: Logits, p: Any) -> Logits:
-    kept = _keep_largest(logits, jax.nn.softmax(logits, -1), jnp.broadcast_to(_column(p), (logits.shape[0], 1)))
-    return jnp.where(_column(p) < 1, kept, logits)
+    nucleus = _largest(logits, jax.nn.softmax(logits, -1), _column(p))
+    return _keep(logits, nucleus | (_column(p) >= 1))
 
 
 def min_p(m: Number) -> Transform:
@@ -155,16 +155,91 @@ def min_p(m: Number) -> Transform:
 
 def _min_p(logits: Logits, m: Any) -> Logits:
     least = jnp.max(logits, -1, keepdims=True) + jnp.log(_column(m))
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    return _keep(logits, logits >= least)
 
 
-def _keep_largest(logits: Logits, weight: Logits, wanted: Float[Array, "B 1"]) -> Logits:
-    """Keeps the largest logits, as few as bring their weights' sum to `wanted`; ties by index.
+def typical(mass: Number) -> Transform:
+    """Keeps the tokens whose surprise is nearest to the entropy, up to this mass (Meister et al. 2023).
+
+    Raises:
+      UserError: mass outside (0, 1].
+    """
+    _check("typical", mass, lambda p: (p > 0) & (p <= 1), "lie in (0, 1]")
+    return _transform("typical", _typical, mass)
+
+
+def _typical(logits: Logits, mass: Any) -> Logits:
+    log_p = jax.nn.log_softmax(logits)
+    distance = jnp.where(jnp.isneginf(log_p), jnp.inf, jnp.abs(-log_p - _entropy(log_p)))
+    near = _largest(-distance, jnp.exp(log_p), _column(mass))
+    return _keep(logits, near | (_column(mass) >= 1))
+
+
+def epsilon(e: Number) -> Transform:
+    """Keeps tokens of at least this probability, and always the likeliest (Hewitt et al. 2022).
+
+    Raises:
+      UserError: e outside [0, 1].
+    """
+    _check("epsilon", e, lambda e: (e >= 0) & (e <= 1), "lie in [0, 1]")
+    return _transform("epsilon", _epsilon, e)
+
+
+def _epsilon(logits: Logits, e: Any) -> Logits:
+    log_p = jax.nn.log_softmax(logits)
+    return _keep(logits, (log_p >= jnp.log(_column(e))) | _likeliest(logits))
+
+
+def eta(e: Number) -> Transform:
+    """The epsilon cut-off, lowered where the distribution is broad: min(e, sqrt(e) exp(-H)) (Hewitt et al. 2022).
+
+    Raises:
+      UserError: e outside [0, 1].
+    """
+    _check("eta", e, lambda e: (e >= 0) & (e <= 1), "lie in [0, 1]")
+    return _transform("eta", _eta, e)
+
+
+def _eta(logits: Logits, e: Any) -> Logits:
+    log_p, log_e = jax.nn.log_softmax(logits), jnp.log(_column(e))
+    return _keep(logits, (log_p >= jnp.minimum(log_e, log_e / 2 - _entropy(log_p))) | _likeliest(logits))
+
+
+def top_n_sigma(n: Number) -> Transform:
+    """Keeps logits within n standard deviations of the largest, whatever the temperature (Tang et al. 2024).
+
+    Raises:
+      UserError: n below 0.
+    """
+    _check("top_n_sigma", n, lambda n: n >= 0, "be 0 or more")
+    return _transform("top_n_sigma", _top_n_sigma, n)
+
+
+def _top_n_sigma(logits: Logits, n: Any) -> Logits:
+    deviation = jnp.std(logits, -1, keepdims=True, where=jnp.isfinite(logits))  # of what is left
+    return _keep(logits, logits >= jnp.max(logits, -1, keepdims=True) - _column(n) * deviation)
+
+
+def _keep(logits: Logits, mask: Bool[Array, "B V"]) -> Logits:
+    return jnp.where(mask, logits, -jnp.inf)
+
+
+def _likeliest(logits: Logits) -> Bool[Array, "B V"]:
+    return logits == jnp.max(logits, -1, keepdims=True)
+
+
+def _entropy(log_p: Logits) -> Float[Array, "B 1"]:
+    return -jnp.sum(jnp.where(jnp.isneginf(log_p), 0, jnp.exp(log_p) * log_p), -1, keepdims=True)
+
+
+def _largest(values: Logits, weight: Logits, wanted: Float[Array, "#B 1"]) -> Bool[Array, "B V"]:
+    """The largest values, as few as bring their weights' sum to `wanted`; of equal ones the first.
 
     The threshold is the largest value whose upper set weighs enough. It is found exactly, by
     bisecting the 32 bits of a float mapped to integers of the same order.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.int32)  # -0 is 0
+    wanted = jnp.broadcast_to(wanted, (values.shape[0], 1))
+    bits = jax.lax.bitcast_convert_type(jnp.where(values == 0, 0.0, values), jnp.int32)  # -0 is 0
     order = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers ordered as the floats are
     low = jnp.full_like(wanted, jnp.iinfo(jnp.int32).min, jnp.int32)
     high = jnp.max(order, -1, keepdims=True)
@@ -179,7 +254,7 @@ def _keep_largest(logits: Logits, weight: Logits, wanted: Float[Array, "B 1"]) -
     above, equal = order > threshold, order == threshold
     missing = wanted - jnp.sum(jnp.where(above, weight, 0), -1, keepdims=True)
     before = jnp.cumsum(jnp.where(equal, weight, 0), -1) - jnp.where(equal, weight, 0)
-    return jnp.where(above | (equal & (before < missing)), logits, -jnp.inf)
+    return above | (equal & (before < missing))
 
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {
@@ -188,6 +263,10 @@ TRANSFORMS: dict[str, Callable[..., Transform]] = {
     "top_k": top_k,
     "top_p": top_p,
     "min_p": min_p,
+    "typical": typical,
+    "epsilon": epsilon,
+    "eta": eta,
+    "top_n_sigma": top_n_sigma,
 }
 
 

@@ -1,0 +1,113 @@
+"""The commands, as they are typed: what they print, and the one line and exit code 2 of a mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TEXT
+
+ROOT = Path(__file__).parents[1]
+CACHE = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"), "JAX_PLATFORMS": "cpu"}
+TINY = [
+    "--config=configs/tiny.py",
+    "--config.corpus.name=None",
+    "--config.train.steps=20",
+    "--config.eval.every_steps=10",
+]
+
+
+def command(name, *flags):
+    return [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
+
+
+def call(name, *flags):
+    return subprocess.run(
+        command(name, *flags), cwd=ROOT, env=os.environ | CACHE, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "text.txt").write_text(TEXT)
+    return folder
+
+
+def test_train_interrupt_resume_sample_evaluate(folder):
+    workdir = folder / "runs" / "one"
+    train = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}", "--config.train.steps=4000"]
+    train += ["--config.eval.every_steps=4000", "--config.checkpoint.every_steps=4000"]
+    process = subprocess.Popen(
+        command("train", *train),
+        cwd=ROOT,
+        env=os.environ | CACHE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 120
+    while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
+        assert time.time() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "everything so far is saved. To go on, run the same command again:" in out
+    assert "Traceback" not in out + err
+    step = int(out.split("Stopped after step ")[1].split(";")[0])
+
+    done = call("train", *train[:-3], f"--config.train.steps={step + 20}", *train[-2:])
+    assert done.returncode == 0, done.stderr
+    assert f"resuming at step {step}" in done.stdout
+    assert "validation loss in windows" in done.stdout
+    assert "--- temperature 0.2" in done.stdout
+    assert "tensorboard --logdir" in done.stdout
+
+    sampled = call(
+        "sample", f"--workdir={workdir}", "--prompt=The ", "--length=9", "--num_samples=2", "--json", "--top_k=3"
+    )
+    records = [json.loads(line) for line in sampled.stdout.splitlines()]
+    assert [len(r["tokens"]) for r in records] == [9, 9]
+    assert records[0]["sampler"] == "temperature(1), top_k(3)"
+    streamed = call("sample", f"--workdir={workdir}", "--prompt=The ", "--length=9", "--stream", "--top_k=3")
+    assert streamed.stdout == "The " + records[0]["text"] + "\n"
+    evaluated = json.loads(call("evaluate", f"--workdir={workdir}", "--json").stdout)
+    assert set(evaluated) == {"windows", "stream"}
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("train", ["--config.model.widht=4"], 'Did you mean "width"'),
+        ("train", ["--config.model.width=wide"], "model.width"),
+        ("train", ["--workdri=x"], "Unknown command line flag 'workdri'"),
+        ("train", ["stray"], "Unexpected argument 'stray'"),
+        ("train", ["--config.corpus.path=/absent"], "there is no file or folder '/absent'"),
+        pytest.param("train", ["--config=configs/absent.py"], "configs/absent.py", marks=pytest.mark.slow),
+        pytest.param("train", ["--config.model.backbone=lsmt"], "Did you mean 'lstm'", marks=pytest.mark.slow),
+        pytest.param("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices", marks=pytest.mark.slow),
+        pytest.param("sample", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
+        pytest.param(
+            "sample", ["--workdir=/absent", "--top_p=2"], "top_p must lie in (0, 1], got 2", marks=pytest.mark.slow
+        ),
+        pytest.param("sample", [], "workdir", marks=pytest.mark.slow),
+        pytest.param("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(folder, name, flags, message):
+    first = (
+        [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={folder / 'no'}"] if name == "train" else []
+    )
+    done = call(name, *first, *flags)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
+    assert not (folder / "no").exists()
