@@ -39,8 +39,8 @@ def get_config(arg: str = "transformer"):
         config.model.transformer.qk_norm = True
         config.data.batch_size = 24
         config.optimizer.learning_rate = 1e-2
-        config.train.steps = 1650
+        config.train.steps = 1350
         config.train.steps_per_dispatch = 15
-        config.eval.every_steps = config.checkpoint.every_steps = 550
+        config.eval.every_steps = config.checkpoint.every_steps = 450
         config.log.every_steps = 15
     return config
