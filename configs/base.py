@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     config.corpus = ConfigDict()
     config.corpus.name = placeholder(str)  # a named corpus: tiny_shakespeare, shakespeare
-    config.corpus.path = placeholder(str)  # or a text file, or a folder of text files, UTF-8
+    config.corpus.path = placeholder(str)  # a text file or a folder of them, UTF-8; read instead of name
     config.corpus.validation_fraction = 0.1  # of the characters, cut from the end
     config.corpus.test_fraction = 0.0  # of the characters, cut from the end, after validation
 

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 def launch(main: Callable[[], Any]) -> None:
     """Parses the flags and runs main(); what the user got wrong ends in one line and exit code 2."""
 
-    logging.set_verbosity(logging.ERROR)  # the libraries below talk of every file that they write
+    logging.set_verbosity(logging.FATAL)  # the libraries below talk of every file; errors come as exceptions
 
     def parse(argv: list[str]) -> list[str]:
         try:

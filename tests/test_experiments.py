@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 CACHE = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"), "JAX_PLATFORMS": "cpu"}
 TINY = [
     "--config=configs/tiny.py",
-    "--config.corpus.name=None",
     "--config.train.steps=20",
     "--config.eval.every_steps=10",
 ]

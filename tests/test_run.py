@@ -250,6 +250,9 @@ def test_workdirs_that_are_no_runs_are_refused(text_file, tmp_path):
         textgen.load(tmp_path / "full")
 
 
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)  # Orbax leaves its readers to the collector
 def test_damaged_runs_are_named_and_left_as_they_are(finished, tmp_path):
     damages = {
         "config.json": ("{", "its config.* is damaged"),

@@ -56,9 +56,8 @@ class CorpusConfig:
 
     def __post_init__(self):
         require(
-            (self.name is None) != (self.path is None),
-            f"Give either corpus.name or corpus.path, got name={self.name!r} and path={self.path!r}: "
-            "to read your own text, --config.corpus.name=None --config.corpus.path=FILE_OR_FOLDER.",
+            self.name is not None or self.path is not None,
+            "Which text? Give --config.corpus.name=tiny_shakespeare, or --config.corpus.path=FILE_OR_FOLDER.",
         )
         _within(self, "corpus", 0, 1, "validation_fraction", "test_fraction")
         require(self.validation_fraction > 0, "corpus.validation_fraction must be above 0, got 0.")

@@ -54,11 +54,12 @@ def open_corpus(config: CorpusConfig) -> Corpus:
       UserError: an unknown name, a missing or empty file, a package that is not installed;
         on reading, a file that is not UTF-8.
     """
-    if config.name is not None:
-        require(config.name in NAMED, f"Unknown corpus '{config.name}'.{did_you_mean(config.name, NAMED)}")
-        text = NAMED[config.name]()
-        return Corpus(config.name, lambda: (text[i : i + PIECE] for i in range(0, len(text), PIECE)))
-    path = Path(str(config.path)).expanduser()
+    if config.path is None:
+        name = str(config.name)
+        require(name in NAMED, f"Unknown corpus '{name}'.{did_you_mean(name, NAMED)}")
+        text = NAMED[name]()
+        return Corpus(name, lambda: (text[i : i + PIECE] for i in range(0, len(text), PIECE)))
+    path = Path(config.path).expanduser()
     require(path.exists(), f"corpus.path: there is no file or folder '{path}'.")
     files = [path]
     if path.is_dir():
