@@ -1,8 +1,11 @@
 """Thin mains: flags, then one call. `launch` is the border where a user's mistake becomes one line."""
 
+import difflib
+import re
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
@@ -14,23 +17,22 @@ def launch(main: Callable[[], Any]) -> None:
     logging.set_verbosity(logging.FATAL)  # the libraries below talk of every file; errors come as exceptions
 
     def parse(argv: list[str]) -> list[str]:
+        for file in (arg.removeprefix("--config=").split(":")[0] for arg in argv if arg.startswith("--config=")):
+            if not Path(file).is_file():
+                there = sorted(str(path) for path in Path(file).parent.glob("*.py"))
+                near = difflib.get_close_matches(file, there, n=1)
+                _refuse(f"There is no config file '{file}'." + (f" Did you mean '{near[0]}'?" if near else ""))
         try:
             rest = flags.FLAGS(argv)
             if "config" in flags.FLAGS and flags.FLAGS.config is not None:
                 flags.FLAGS.config.keys()  # a config file that is missing fails only when it is read
-        except (
-            flags.Error,
-            AttributeError,
-            KeyError,
-            OSError,
-            ImportError,
-            SyntaxError,
-            TypeError,
-            ValueError,
-        ) as error:
-            _refuse(error)
+        except (AttributeError, KeyError) as error:  # how a ConfigDict says that it has no such key
+            _refuse(f"Unknown config key {error.args[0] if error.args else error}")
+        except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
+            missing = re.search(r"Flag (--\w+) must have a value", str(error))
+            _refuse(f"Give {missing[1]}=...: it is required, and --help says what it is." if missing else error)
         if rest[1:]:
-            _refuse(ValueError(f"Unexpected argument '{rest[1]}': flags are written --name=value."))
+            _refuse(f"Unexpected argument '{rest[1]}': flags are written --name=value.")
         return rest
 
     def guarded(argv: list[str]) -> None:
@@ -58,7 +60,6 @@ def _module() -> str:
     return "experiments." + sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
 
 
-def _refuse(error: BaseException) -> None:
-    text = error.args[0] if isinstance(error, KeyError) and error.args else str(error)
-    print(f"error: {' '.join(str(text).split())}", file=sys.stderr)
+def _refuse(error: BaseException | str) -> None:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)

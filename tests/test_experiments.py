@@ -88,7 +88,7 @@ def test_train_interrupt_resume_sample_evaluate(folder):
         ("train", ["--workdri=x"], "Unknown command line flag 'workdri'"),
         ("train", ["stray"], "Unexpected argument 'stray'"),
         ("train", ["--config.corpus.path=/absent"], "there is no file or folder '/absent'"),
-        pytest.param("train", ["--config=configs/absent.py"], "configs/absent.py", marks=pytest.mark.slow),
+        pytest.param("train", ["--config=configs/tny.py"], "Did you mean 'configs/tiny.py'", marks=pytest.mark.slow),
         pytest.param("train", ["--config.model.backbone=lsmt"], "Did you mean 'lstm'", marks=pytest.mark.slow),
         pytest.param("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices", marks=pytest.mark.slow),
         pytest.param("sample", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
