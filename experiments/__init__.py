@@ -27,7 +27,11 @@ def launch(main: Callable[[], Any]) -> None:
             if "config" in flags.FLAGS and flags.FLAGS.config is not None:
                 flags.FLAGS.config.keys()  # a config file that is missing fails only when it is read
         except (AttributeError, KeyError) as error:  # how a ConfigDict says that it has no such key
-            _refuse(f"Unknown config key {error.args[0] if error.args else error}")
+            text = str(error.args[0] if error.args else error).replace("\\n", " ")
+            near = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text)
+            _refuse(
+                f"Unknown config key '{near[1]}'. Did you mean '{near[2]}'?" if near else f"Unknown config key {text}"
+            )
         except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
             missing = re.search(r"Flag (--\w+) must have a value", str(error))
             _refuse(f"Give {missing[1]}=...: it is required, and --help says what it is." if missing else error)

@@ -83,7 +83,7 @@ def test_train_interrupt_resume_sample_evaluate(folder):
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("train", ["--config.model.widht=4"], 'Did you mean "width"'),
+        ("train", ["--config.model.widht=4"], "Unknown config key 'widht'. Did you mean 'width'?"),
         ("train", ["--config.model.width=wide"], "model.width"),
         ("train", ["--workdri=x"], "Unknown command line flag 'workdri'"),
         ("train", ["stray"], "Unexpected argument 'stray'"),
