@@ -14,6 +14,7 @@ from absl import app, flags, logging
 def launch(main: Callable[[], Any]) -> None:
     """Parses the flags and runs main(); what the user got wrong ends in one line and exit code 2."""
 
+    sys.unraisablehook = _unraisable
     logging.set_verbosity(logging.FATAL)  # the libraries below talk of every file; errors come as exceptions
 
     def parse(argv: list[str]) -> list[str]:
@@ -62,6 +63,12 @@ def launch(main: Callable[[], Any]) -> None:
 
 def _module() -> str:
     return "experiments." + sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
+
+
+def _unraisable(unraisable: Any) -> None:
+    """After a failed save the checkpoint library's readers call a loop that is gone; the failure itself is told."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
 
 
 def _refuse(error: BaseException | str) -> None:

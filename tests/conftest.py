@@ -19,6 +19,13 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
+
+def pytest_configure(config):
+    """The quick selection compiles without most optimizations, in less time. `pytest` alone uses them all."""
+    if "not slow" in config.option.markexpr:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 from configs import base  # noqa: E402
 from textgen import config as config_lib  # noqa: E402
 from textgen import models  # noqa: E402

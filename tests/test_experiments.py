@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_train_interrupt_resume_sample_evaluate(folder):
     workdir = folder / "runs" / "one"
     train = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}", "--config.train.steps=4000"]
