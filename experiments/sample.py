@@ -27,7 +27,7 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    from textgen import inference, run
+    from textgen import config, inference, run
 
     run.use_compilation_cache()
     settings = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value, "min_p": _MIN_P.value}
@@ -35,6 +35,10 @@ def main() -> None:
     lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     prompts = _PROMPT.value or [lm.config.sample.prompt]
     if _STREAM.value:
+        config.require(
+            len(prompts) == _NUM_SAMPLES.value == 1 and not _JSON.value,
+            "--stream prints one sample of one prompt: leave out the other prompts, --num_samples and --json.",
+        )
         lm.print_stream(prompts[0], length=_LENGTH.value, seed=_SEED.value, sampler=chain)
         return
     samples = lm.samples(prompts, length=_LENGTH.value, num_samples=_NUM_SAMPLES.value, seed=_SEED.value, sampler=chain)
