@@ -134,6 +134,14 @@ def test_learned_positions_read_their_last_half_afresh_and_go_on():
     assert long.tokens.shape == (1, 3)
 
 
+def test_every_position_and_every_row_draws_anew(built):
+    _, params, generator = built
+    hot = sampling.chain(sampling.temperature(1e9))  # all tokens alike: the draws show through
+    made = generator(params, prompts_of([2]), generate.row_keys(0, 40), hot, length=50, num_samples=40)
+    for tokens in (*made.tokens, *made.tokens.T):
+        assert np.bincount(tokens, minlength=V).max() < 25  # of 40 or 50; 6 or 7 are expected
+
+
 def test_sampling_frequencies_are_the_models(built):
     full, params, generator = built
     (prompt,), n = prompts_of([2]), 4000
