@@ -1,4 +1,4 @@
-"""What training minimises and evaluation reports: next-token nats, as a sum and a count."""
+"""What training minimises and evaluation reports: next-token nats, summed or averaged by whoever asks."""
 
 import jax
 import jax.numpy as jnp
