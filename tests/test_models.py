@@ -122,7 +122,7 @@ def test_eval_shape_and_vmap_over_seeds(name):
     shapes = jax.eval_shape(init, jax.random.key(0))
     keys = jax.random.split(jax.random.key(0), 3)
     stacked = jax.vmap(init)(keys)
-    assert jax.tree.map(lambda s, p: (3, *s.shape) == p.shape, shapes, stacked)
+    assert all(jax.tree.leaves(jax.tree.map(lambda s, p: (3, *s.shape) == p.shape, shapes, stacked)))
     together = jax.vmap(logits)(stacked)
     for i, key in enumerate(keys):
         close(together[i], logits(init(key)))
