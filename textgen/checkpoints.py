@@ -87,7 +87,6 @@ class Checkpoints:
         best = policies.BestN(get_metric_fn=loss, n=1, reverse=True)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
-            read_only=read_only,
             cleanup_tmp_directories=not read_only and jax.process_count() == 1,
             best_fn=loss,  # without it no metric is written
             best_mode="min",
