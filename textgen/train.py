@@ -112,19 +112,22 @@ class Trainer:
             skipped_in_a_row=jnp.int32(0),
         )
 
-    def _steps(self, state: State, windows: Any, fresh: Any, count: Any) -> tuple[State, dict[str, Array]]:
+    def _steps(
+        self, state: State, windows: Any, fresh: Any, count: Any, rate: Any = None
+    ) -> tuple[State, dict[str, Array]]:
         rows = {name: jnp.zeros(windows.shape[0], jnp.float32) for name in (*SUMS, "skipped", "skipped_in_a_row")}
 
         def body(i: Any, both: Any) -> Any:
             state, rows = both
-            state = self._step(state, windows[i].astype(jnp.int32), fresh[i])
+            state = self._step(state, windows[i].astype(jnp.int32), fresh[i], rate)
             after = {**state.sums, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
             return state, {name: rows[name].at[i].set(after[name].astype(jnp.float32)) for name in rows}
 
         return jax.lax.fori_loop(0, count, body, (state, rows))
 
-    def _step(self, state: State, window: Integer[Array, "B T1"], fresh: Bool[Array, ""]) -> State:
+    def _step(self, state: State, window: Integer[Array, "B T1"], fresh: Bool[Array, ""], rate: Any = None) -> State:
         config = self.config
+        optimizer = optimizers.build(config.optimizer, config.train.steps, rate)
         key = jax.random.fold_in(state.key, state.step)
         carry = state.carry
         if carry is not None:
@@ -133,7 +136,7 @@ class Trainer:
         nats, tokens, gradients, carry = self._gradients(state.params, window, carry, key)
         gradients = jax.tree.map(lambda g: g / tokens, gradients)
         norm = optax.tree.norm(gradients)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
