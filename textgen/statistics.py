@@ -22,7 +22,7 @@ DRAWS = 2000  # of a bootstrap
 MOST_SEEDS = 1000  # beyond this many, more seeds are no advice
 
 
-def student_t(confidence: float, freedom: float) -> float:
+def student_t(confidence: float, freedom: float | int) -> float:
     """The two-sided quantile of Student's t: 2.776 for 0.95 and 4 degrees of freedom."""
     return float(stdtrit(freedom, 0.5 + confidence / 2))
 
@@ -132,10 +132,6 @@ def difference(
     Raises:
       UserError: fewer than two tokens.
     """
-    require(
-        a.shape[1] == b.shape[1],
-        f"Arms are compared on the same tokens: one has {a.shape[1]:,} and the other {b.shape[1]:,}.",
-    )
     mean = float(a.mean(dtype=np.float64) - b.mean(dtype=np.float64))
     blocks_a, blocks_b = block_means(a, block), block_means(b, block)
     over_text = _bootstrap_variance(blocks_a.mean(0) - blocks_b.mean(0))
@@ -245,18 +241,20 @@ def verdict(
     single = [name for name, arm in zip(names, (d.a, d.b), strict=True) if arm.seeds < 2]
     if single:
         text = (
-            f"Not resolved: {a} lies {interval} below {b} on this text, but {' and '.join(single)} has one finished "
-            "run, and nothing tells how much another seed would change. Two seeds or more are needed, better five."
+            f"Not resolved: on this text the loss of {a} was lower than that of {b} by {interval}, but of "
+            f"{' and of '.join(single)} one run finished, and nothing tells how much another seed would change. "
+            "Two seeds or more are needed, better five."
         )
         return Verdict("unresolved", text, d)
     over = f"({confidence * 100:.3g} % interval over the text and {seeds_in_words(d.a.seeds, d.b.seeds)})"
+    lower = f"the loss of {a} was lower than that of {b} by {interval} {over}"
     if d.half_width + abs(d.mean) < smallest:
-        text = f"No difference that matters: {a} lies {interval} below {b} {over}, within the \u00b1{smallest:g} fixed before the run."
-        return Verdict("equal", text, d)
+        return Verdict(
+            "equal", f"No difference that matters: {lower}, within the {smallest:g} fixed before the run.", d
+        )
     if d.half_width < abs(d.mean):
         return Verdict("better", f"{a} is better than {b} by {interval} {over}.", d)
-    text = f"Not resolved: {a} lies {interval} below {b} {over}. {_advice(d, smallest)}"
-    return Verdict("unresolved", text, d)
+    return Verdict("unresolved", f"Not resolved: {lower}. {_advice(d, smallest)}", d)
 
 
 def _advice(d: Difference, smallest: float) -> str:
