@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "plays", "tokenizers", "logs"},
+    {"config", "plays", "tokenizers", "logs", "pages"},
     {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
     {"checkpoints", "evaluate"},
     {"train", "inference"},
