@@ -7,11 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "plays", "tokenizers", "logs", "pages"},
-    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
+    {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
+    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"},
     {"checkpoints", "evaluate"},
     {"train", "inference"},
-    {"run"},
+    {"run", "dynamic", "results"},
+    {"report"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
