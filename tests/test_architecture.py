@@ -7,12 +7,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "plays", "tokenizers", "logs"},
-    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel", "arms"},
+    {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
+    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel", "arms"},
     {"checkpoints", "evaluate", "budget"},
     {"train", "inference"},
-    {"run", "ensemble"},
-    {"jobs"},
+    {"run", "ensemble", "dynamic", "results"},
+    {"jobs", "report"},
     {"compare"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
