@@ -94,7 +94,7 @@ def find(name: str) -> Task:
 # ---------------------------------------------------------------------------------------- recall
 
 SYMBOLS = 16  # of copy and selective copy
-KEYS, VALUES = 64, 32  # of associative recall
+KEYS, VALUES = 32, 16  # of associative recall
 
 
 def _pick(u: np.ndarray, count: int) -> np.ndarray:
