@@ -1,11 +1,12 @@
 """Every backbone on tasks whose best predictor is known.
 
-    python -m experiments.probes --config=configs/probes.py --workdir=runs/probes
-    python -m experiments.probes --config=configs/probes.py:parity,copy --workdir=runs/two
+python -m experiments.probes --config=configs/probes.py --workdir=runs/probes
+python -m experiments.probes --config=configs/probes.py:parity,copy --workdir=runs/two
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 # What differs from task to task: windows no longer than the task needs, and steps until it is learned.
 TASKS = {

@@ -8,10 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "plays", "tokenizers", "logs"},
-    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
-    {"checkpoints", "evaluate"},
+    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel", "arms", "tasks"},
+    {"checkpoints", "evaluate", "budget"},
     {"train", "inference"},
-    {"run"},
+    {"run", "ensemble"},
+    {"jobs", "probes"},
+    {"compare"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.

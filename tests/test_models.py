@@ -22,13 +22,17 @@ VARIANTS = [(name, {}) for name in BACKBONES] + [
 ]
 
 
+def name_of(variant):
+    return f"{variant[0]}-{'-'.join(map(str, variant[1].values()))}"
+
+
 def make(name, overrides=None, seed=0):
     config = tiny({"model.backbone": name, "model.layers": 2} | (overrides or {}))
     model = models.build(config, V)
     return model, noisy_params(model, seed)
 
 
-@pytest.fixture(params=VARIANTS, ids=lambda v: f"{v[0]}-{'-'.join(map(str, v[1].values()))}", scope="module")
+@pytest.fixture(params=VARIANTS, ids=name_of, scope="module")
 def built(request):
     model, params = make(*request.param)
     apply = jax.jit(lambda tokens, carry, lengths: model.apply({"params": params}, tokens, carry, lengths))
@@ -158,6 +162,29 @@ def test_dropout_is_off_unless_training_and_keeps_the_mean(name):
     still = lambda m: jax.jit(lambda p: m.apply({"params": p}, tokens)[0])(params)
     close(still(model), still(plain))
     assert np.abs(np.asarray(run(jax.random.key(0)) - run(jax.random.key(1)))).max() > 1e-3
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+def test_the_count_of_operations_is_xlas(variant):
+    name, overrides = variant
+    sizes = {"model.width": 128, "model.transformer.feed_forward_width": 320, "model.context": 512}
+    config = tiny({"model.backbone": name, "model.layers": 2} | overrides | sizes)
+    model = models.build(config, V)
+    # A scan's body is counted once, so nets with a loop over time take one token. The whole square of
+    # attention is computed: as much as the causal half of a window nearly twice as long.
+    for steps in (1, 64) if name == "transformer" else (1,):
+        tokens = jax.ShapeDtypeStruct((8, steps), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        counted = jax.jit(lambda p, t: model.apply(p, t)[0]).lower(params, tokens).compile().cost_analysis()["flops"]
+        assert counted / (8 * steps) == pytest.approx(model.flops_per_token(2 * steps - 1), rel=0.1)
+
+
+@pytest.mark.parametrize("length", [1, 4, 5, 6, 40])
+def test_attention_is_counted_over_what_each_token_sees(length):
+    model = models.build(tiny({"model.backbone": "transformer", "model.context": 5}), V)
+    seen = np.minimum(np.arange(length) + 1, 5).mean()
+    got = model.flops_per_token(length) - model.flops_per_token(1)
+    assert got == pytest.approx(4 * 16 * (seen - 1))
 
 
 def test_dropout_keeps_the_stated_fraction():

@@ -236,9 +236,9 @@ def test_the_best_predictor_pays_the_entropy_rate_in_the_long_run(name):
 
 
 def test_what_cannot_be_is_refused_in_a_line():
-    with pytest.raises(UserError, match="Unknown task 'parety'. Did you mean 'parity'?"):
+    with pytest.raises(UserError, match=r"Unknown task 'parety'.* Did you mean 'parity'"):
         tasks.Batches("parety", window=8, batch_size=1, seed=0)
-    with pytest.raises(UserError, match="'associative_recall' fills windows of 20 to 256 tokens, got 12"):
+    with pytest.raises(UserError, match="'associative_recall' fills windows of 20 to 128 tokens, got 12"):
         tasks.Batches("associative_recall", window=12, batch_size=1, seed=0)
     with pytest.raises(UserError, match="'hidden_markov' fills windows of 17"):
         tasks.Batches("hidden_markov", window=16, batch_size=1, seed=0)

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from textgen import checkpoints, logs, models, parallel, tasks, train
+from textgen import checkpoints, ensemble, logs, models, tasks, train
 from textgen import config as config_lib
 from textgen.arms import overlay
 from textgen.config import Config, UserError, did_you_mean, require
@@ -63,14 +63,9 @@ class Cell:
         return f"{self.task}-{self.config.model.backbone}"
 
     @property
-    def members(self) -> list[tuple[float, int]]:
-        """(learning rate, seed) of each run."""
-        return list(itertools.product(self.probes.learning_rates, range(self.probes.seeds)))
-
-    @property
-    def steps(self) -> int:
-        """Optimizer steps of all its runs together."""
-        return self.config.train.steps * len(self.members)
+    def members(self) -> list[tuple[int, float]]:
+        """(seed, learning rate) of each run."""
+        return list(itertools.product(range(self.probes.seeds), self.probes.learning_rates))
 
     def settings(self) -> dict[str, Any]:
         """All that its results depend on, for JSON."""
@@ -147,34 +142,36 @@ def evaluate(model: models.LanguageModel, params: Any, task: str, window: int, w
     }
 
 
-def run_cell(cell: Cell, on_dispatch: Any) -> dict[str, Any]:
-    """Trains and evaluates the runs of a cell; see `Probes.run` for what comes back."""
+def run_cell(cell: Cell, on_step: Callable[[int, float], None]) -> dict[str, Any]:
+    """Trains all runs of a cell at once, and evaluates them; see `Probes.run` for what comes back.
+
+    Args:
+      on_step: called with (step, mean training loss) when a dispatch is read.
+    """
     config, began = cell.config, time.perf_counter()
     window, windows = config.data.window, cell.probes.eval_windows
     model = models.build(config, tasks.find(cell.task).vocab_size)
+    trainer = ensemble.Ensemble(model, config, cell.members)
+    batches = ensemble.MemberBatches(
+        [tasks.Batches(cell.task, window=window, batch_size=config.data.batch_size, seed=s) for s, _ in cell.members]
+    )
+
+    def read(first: int, count: int, rows: dict[str, np.ndarray], seconds: float) -> None:
+        nats, tokens = rows["nats"][:, count - 1].sum(), rows["tokens"][:, count - 1].sum()
+        on_step(first + count, float(nats / max(tokens, 1)))
+
+    state = train.drive(trainer, trainer.init(), batches, read=read, pauses=[], save=lambda *_: None)
     runs = []
-    for done, (rate, seed) in enumerate(cell.members):
-        single = overlay(config, {"optimizer.learning_rate": rate, "seed": seed})
-        trainer = train.Trainer(model, single, parallel.make_mesh(config.mesh))
-        batches = tasks.Batches(cell.task, window=window, batch_size=config.data.batch_size, seed=seed)
+    for i, (seed, rate) in enumerate(cell.members):
+        member = ensemble.member(state, i)
         run: dict[str, Any] = {"learning_rate": rate, "seed": seed}
         runs.append(run)
-        try:
-            state = train.loop(
-                trainer,
-                trainer.init(),
-                batches,
-                on_row=lambda *_: None,
-                on_dispatch=lambda step, loss, _, done=done: on_dispatch(done * config.train.steps + step, loss),
-                pauses=[],
-                save=lambda *_: None,
-            )
-        except train.Diverged:
+        if member.skipped_in_a_row >= config.train.max_skipped_steps:
             run["diverged"] = True
             continue
-        run["choosing"] = evaluate(model, state.eval_params, cell.task, window, windows, CHOOSING)
+        run["choosing"] = evaluate(model, member.eval_params, cell.task, window, windows, CHOOSING)
         run["lengths"] = {
-            str(n): evaluate(model, state.eval_params, cell.task, n * window, windows, REPORTING)
+            str(n): evaluate(model, member.eval_params, cell.task, n * window, windows, REPORTING)
             for n in cell.probes.lengths
         }
     return {"runs": runs, "seconds": time.perf_counter() - began}
@@ -227,25 +224,24 @@ class Probes:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         todo = [cell for cell in self.cells if cell.name not in self.results]
-        total, done = sum(cell.steps for cell in todo), 0
+        total = sum(cell.config.train.steps for cell in todo)
         if len(todo) < len(self.cells):
             logs.console.print(f"{len(self.cells) - len(todo)} of {len(self.cells)} probes are finished already")
         with logs.Overview(max(total, 1), 0) as display:
             for cell in todo:
                 last = 0
 
-                def on_dispatch(step: int, loss: float, cell: Cell = cell) -> None:
+                def on_step(step: int, loss: float, cell: Cell = cell) -> None:
                     nonlocal last
-                    display.update(cell.name, step / cell.steps, step - last, f"loss {loss:.3f}")
+                    display.update(cell.name, step / cell.config.train.steps, step - last, f"loss {loss:.3f}")
                     last = step
 
                 try:
-                    result = run_cell(cell, on_dispatch)
+                    result = run_cell(cell, on_step)
                 except (train.Interrupted, KeyboardInterrupt):
                     raise
                 except Exception as error:
                     result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
-                done += cell.steps
                 self.results[cell.name] = {"settings": cell.settings(), **result}
                 checkpoints.write_json(self.folder / f"{cell.name}.json", self.results[cell.name])
                 display.print(f"{cell.name}: {summary(cell, result)}")

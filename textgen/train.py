@@ -103,9 +103,9 @@ class Trainer:
         targets = None if targets is None else parallel.put(targets, self._windows)
         return self._dispatch(state, windows, fresh, targets, np.int32(count))
 
-    def _init(self) -> State:
+    def _init(self, seed: Any = None) -> State:
         config, model = self.config, self.model
-        key = jax.random.key(config.seed)
+        key = jax.random.key(config.seed if seed is None else seed)
         init_key, train_key = jax.random.split(key)
         params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
         carry = None
@@ -123,23 +123,31 @@ class Trainer:
             skipped_in_a_row=jnp.int32(0),
         )
 
-    def _steps(self, state: State, windows: Any, fresh: Any, targets: Any, count: Any) -> tuple[State, dict]:
+    def _steps(
+        self, state: State, windows: Any, fresh: Any, targets: Any, count: Any, rate: Any = None
+    ) -> tuple[State, dict[str, Array]]:
         rows = {name: jnp.zeros(windows.shape[0], jnp.float32) for name in (*SUMS, "skipped", "skipped_in_a_row")}
 
         def body(i: Any, both: Any) -> Any:
             state, rows = both
             window = windows[i].astype(jnp.int32)
             wanted = window[:, 1:] if targets is None else targets[i].astype(jnp.int32)
-            state = self._step(state, window[:, :-1], wanted, fresh[i])
+            state = self._step(state, window[:, :-1], wanted, fresh[i], rate)
             after = {**state.sums, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
             return state, {name: rows[name].at[i].set(after[name].astype(jnp.float32)) for name in rows}
 
         return jax.lax.fori_loop(0, count, body, (state, rows))
 
     def _step(
-        self, state: State, tokens: Integer[Array, "B T"], targets: Integer[Array, "B T"], fresh: Bool[Array, ""]
+        self,
+        state: State,
+        tokens: Integer[Array, "B T"],
+        targets: Integer[Array, "B T"],
+        fresh: Bool[Array, ""],
+        rate: Any = None,
     ) -> State:
         config = self.config
+        optimizer = optimizers.build(config.optimizer, config.train.steps, rate)
         key = jax.random.fold_in(state.key, state.step)
         carry = state.carry
         if carry is not None:
@@ -149,7 +157,7 @@ class Trainer:
         nats, gradients, carry = self._gradients(state.params, tokens, targets, carry, key)
         gradients = jax.tree.map(lambda g: g / scored, gradients)
         norm = optax.tree.norm(gradients)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
@@ -241,6 +249,9 @@ def at(when: int) -> Callable[[int], float]:
     return lambda step: when if step < when else math.inf
 
 
+Pause = tuple[Callable[[int], float], Callable[[int, Any], None]]
+
+
 def loop(
     trainer: Trainer,
     state: State,
@@ -248,7 +259,7 @@ def loop(
     *,
     on_row: Callable[[int, dict[str, float]], None],
     on_dispatch: Callable[[int, float, float], None],
-    pauses: Sequence[tuple[Callable[[int], float], Callable[[int, State], None]]],
+    pauses: Sequence[Pause],
     save: Callable[[int, State], None],
 ) -> State:
     """Trains from state.step to train.steps.
@@ -265,41 +276,70 @@ def loop(
       Interrupted: by Ctrl-C or SIGTERM, after `save`.
       Diverged: after train.max_skipped_steps non-finite steps in a row.
     """
-    config = trainer.config
-    total, most, per_row = config.train.steps, config.train.steps_per_dispatch, config.log.every_steps
-    shape = optimizers.schedule(config.optimizer, total)
-    per_step = config.data.batch_size * config.data.window
-    step, tokens = int(state.step), 0
+    config, tokens = trainer.config, 0
+
+    def read(first: int, count: int, rows: dict[str, np.ndarray], seconds: float) -> None:
+        nonlocal tokens
+        for row in curve(config, batches.steps_per_epoch, first, count, rows, seconds):
+            on_row(*row)
+        tokens += count * config.data.batch_size * config.data.window
+        on_dispatch(first + count, float(rows["nats"][count - 1] / max(rows["tokens"][count - 1], 1)), tokens)
+        if rows["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
+            raise Diverged
+
+    return drive(trainer, state, batches, read=read, pauses=pauses, save=save)
+
+
+def curve(
+    config: Config, steps_per_epoch: float, first: int, count: int, rows: dict[str, np.ndarray], seconds: float
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The rows of a run's curve, (step, metrics), that end within a dispatch of `count` steps after step `first`."""
+    shape = optimizers.schedule(config.optimizer, config.train.steps)
+    for i in range(count):
+        now_at = first + i + 1
+        if now_at % config.log.every_steps == 0 or now_at == config.train.steps:
+            seen = max(rows["steps"][i], 1)
+            yield (
+                now_at,
+                {
+                    "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
+                    "train/grad_norm": float(rows["grad_norm"][i] / seen),
+                    "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
+                    "train/skipped_steps": float(rows["skipped"][i]),
+                    "train/epoch": now_at / steps_per_epoch,
+                    "speed/tokens_per_second": count * config.data.batch_size * config.data.window / seconds,
+                },
+            )
+
+
+def drive(
+    trainer: Any,
+    state: Any,
+    batches: Callable[[int, int], tuple],
+    *,
+    read: Callable[[int, int, dict[str, np.ndarray], float], None],
+    pauses: Sequence[Pause],
+    save: Callable[[int, Any], None],
+) -> Any:
+    """Dispatches from state.step to train.steps, for one run or for several at once.
+
+    Args:
+      trainer: what has a `config` and a `dispatch`.
+      read: called with (first step, count, the dispatch's rows, its seconds) while the next one is under way.
+      pauses, save, and what is raised: as in `loop`.
+    """
+    total, most = trainer.config.train.steps, trainer.config.train.steps_per_dispatch
+    step = int(np.ravel(state.step)[0])
     pending: list[tuple[int, int, dict[str, Array]]] = []
     clock = time.perf_counter()
 
-    def read() -> None:
-        """Takes in the oldest dispatch: by now the next one is under way."""
-        nonlocal tokens, clock
+    def read_oldest() -> None:
+        nonlocal clock
         first, count, device_rows = pending.pop()
         rows = {name: np.asarray(values) for name, values in device_rows.items()}
         now = time.perf_counter()
-        rate, clock = count * per_step / (now - clock), now
-        tokens += count * per_step
-        for i in range(count):
-            now_at = first + i + 1
-            if now_at % per_row == 0 or now_at == total:
-                seen = max(rows["steps"][i], 1)
-                on_row(
-                    now_at,
-                    {
-                        "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
-                        "train/grad_norm": float(rows["grad_norm"][i] / seen),
-                        "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
-                        "train/skipped_steps": float(rows["skipped"][i]),
-                        "train/epoch": now_at / batches.steps_per_epoch,
-                        "speed/tokens_per_second": rate,
-                    },
-                )
-        last = count - 1
-        on_dispatch(first + count, float(rows["nats"][last] / max(rows["tokens"][last], 1)), tokens)
-        if rows["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
-            raise Diverged
+        seconds, clock = now - clock, now
+        read(first, count, rows, seconds)
 
     with _stop_on_signals() as stopping:
         while step < total:
@@ -307,12 +347,12 @@ def loop(
             count = int(min(most, total - step, *(end - step for end, _ in due)))
             state, rows = trainer.dispatch(state, *batches(step, count))
             if pending:
-                read()
+                read_oldest()
             pending.append((step, count, rows))
             step += count
             calls = [call for end, call in due if end == step]
             if calls or stopping() or step == total:
-                read()
+                read_oldest()
                 for call in calls:
                     call(step, state)
                 clock = time.perf_counter()

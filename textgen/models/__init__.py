@@ -6,6 +6,7 @@ A backbone is a Linen module that turns a sequence into a sequence and carries i
     init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf
     backbone(x [B, T, D], carry | None, lengths [B] | None, train=...) -> (y [B, T, D], carry | None)
     max_positions -> int | None                         the longest sequence, if there is one
+    flops_per_token(length) -> float                    of a forward pass, in a window of so many tokens
 
 No carry in (a fresh sequence), none out. The contract is tested for every name in BACKBONES.
 """

@@ -72,6 +72,15 @@ class Transformer(nn.Module):
         zeros = jnp.zeros((batch_size,), jnp.int32)
         return Carry(((empty, empty),) * self.layers, zeros, zeros)
 
+    def flops_per_token(self, length: int) -> float:
+        """Of a forward pass's matrix products, averaged over a window of `length` tokens."""
+        o, width = self.options, self.width
+        near = min(length, self.context)
+        seen = near - near * (near - 1) / (2 * length)  # the mean of min(t, context) over t = 1 ... length
+        qkv_and_out = 2 * width**2 * (2 + 2 * (o.kv_heads or o.heads) / o.heads)
+        feed_forward = 2 * width * o.feed_forward_width * (3 if o.activation == "swiglu" else 2)
+        return self.layers * (qkv_and_out + 4 * width * seen + feed_forward)
+
     @nn.compact
     def __call__(
         self,
