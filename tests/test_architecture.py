@@ -8,11 +8,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
-    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel", "arms"},
+    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
+    | {"arms", "tasks"},
     {"checkpoints", "evaluate", "budget"},
     {"train", "inference"},
     {"run", "ensemble", "dynamic", "results"},
-    {"jobs", "report"},
+    {"jobs", "ledger", "report", "probes"},
     {"compare"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Integer
 
 from textgen import optimizers, parallel
 from textgen.config import Config
-from textgen.data import Batches
 from textgen.models import LanguageModel
 from textgen.objectives import next_token_nats
 
@@ -58,9 +57,9 @@ SUMS = ("nats", "tokens", "grad_norm", "steps")
 class Trainer:
     """Compiled training for one model, optimizer and config.
 
-    `dispatch(state, windows, fresh, count)` takes up to K = train.steps_per_dispatch steps in
-    one call of the device. One program serves every count, so that where a run was cut makes no
-    difference to its bits.
+    `dispatch(state, windows, fresh)` takes up to K = train.steps_per_dispatch steps in one call
+    of the device. One program serves every count, so that where a run was cut makes no difference
+    to its bits.
     """
 
     def __init__(self, model: LanguageModel, config: Config, mesh: jax.sharding.Mesh):
@@ -83,14 +82,26 @@ class Trainer:
         return jax.jit(self._init, out_shardings=self.shardings)()
 
     def dispatch(
-        self, state: State, windows: Integer[np.ndarray, "K B T1"], fresh: Bool[np.ndarray, "K"]
+        self,
+        state: State,
+        windows: Integer[np.ndarray, "K B T1"],
+        fresh: Bool[np.ndarray, "K"],
+        targets: Integer[np.ndarray, "K B T"] | None = None,
     ) -> tuple[State, dict[str, Array]]:
-        """Takes K' <= K steps, and returns the running sums after each, [K] with K' filled."""
+        """Takes K' <= K steps, and returns the running sums after each, [K] with K' filled.
+
+        Args:
+          targets: what to predict after each of a window's first T tokens; below 0: nothing is
+            scored there. None: the next token, everywhere.
+        """
         count, most = len(windows), self.config.train.steps_per_dispatch
+        fill = lambda array: np.concatenate([array, np.zeros((most - count, *array.shape[1:]), array.dtype)])
         if count < most:
-            windows = np.concatenate([windows, np.zeros((most - count, *windows.shape[1:]), windows.dtype)])
-            fresh = np.concatenate([fresh, np.zeros(most - count, bool)])
-        return self._dispatch(state, parallel.put(windows, self._windows), fresh, np.int32(count))
+            windows, fresh = fill(windows), fill(fresh)
+            targets = None if targets is None else fill(targets)
+        windows = parallel.put(windows, self._windows)
+        targets = None if targets is None else parallel.put(targets, self._windows)
+        return self._dispatch(state, windows, fresh, targets, np.int32(count))
 
     def _init(self, seed: Any = None) -> State:
         config, model = self.config, self.model
@@ -113,19 +124,28 @@ class Trainer:
         )
 
     def _steps(
-        self, state: State, windows: Any, fresh: Any, count: Any, rate: Any = None
+        self, state: State, windows: Any, fresh: Any, targets: Any, count: Any, rate: Any = None
     ) -> tuple[State, dict[str, Array]]:
         rows = {name: jnp.zeros(windows.shape[0], jnp.float32) for name in (*SUMS, "skipped", "skipped_in_a_row")}
 
         def body(i: Any, both: Any) -> Any:
             state, rows = both
-            state = self._step(state, windows[i].astype(jnp.int32), fresh[i], rate)
+            window = windows[i].astype(jnp.int32)
+            wanted = window[:, 1:] if targets is None else targets[i].astype(jnp.int32)
+            state = self._step(state, window[:, :-1], wanted, fresh[i], rate)
             after = {**state.sums, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
             return state, {name: rows[name].at[i].set(after[name].astype(jnp.float32)) for name in rows}
 
         return jax.lax.fori_loop(0, count, body, (state, rows))
 
-    def _step(self, state: State, window: Integer[Array, "B T1"], fresh: Bool[Array, ""], rate: Any = None) -> State:
+    def _step(
+        self,
+        state: State,
+        tokens: Integer[Array, "B T"],
+        targets: Integer[Array, "B T"],
+        fresh: Bool[Array, ""],
+        rate: Any = None,
+    ) -> State:
         config = self.config
         optimizer = optimizers.build(config.optimizer, config.train.steps, rate)
         key = jax.random.fold_in(state.key, state.step)
@@ -133,8 +153,9 @@ class Trainer:
         if carry is not None:
             empty = self.model.init_carry(config.data.batch_size, config.context)
             carry = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), empty, carry)
-        nats, tokens, gradients, carry = self._gradients(state.params, window, carry, key)
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        scored = jnp.sum(targets >= 0, dtype=jnp.float32)
+        nats, gradients, carry = self._gradients(state.params, tokens, targets, carry, key)
+        gradients = jax.tree.map(lambda g: g / scored, gradients)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -147,7 +168,7 @@ class Trainer:
         good = jnp.isfinite(nats) & jnp.isfinite(norm)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         begun = state.step % config.log.every_steps == 0
-        seen = dict(zip(SUMS, (nats, tokens, norm, 1.0), strict=True))
+        seen = dict(zip(SUMS, (nats, scored, norm, 1.0), strict=True))
         sums = {name: jnp.where(begun, 0, total) + jnp.where(good, seen[name], 0) for name, total in state.sums.items()}
         return State(
             step=state.step + 1,
@@ -161,30 +182,29 @@ class Trainer:
             skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
         )
 
-    def _gradients(self, params: Any, window: Any, carry: Any, key: Any) -> tuple[Any, Any, Any, Any]:
-        """(summed nats, their count, gradient of the sum, new carry), micro-batch by micro-batch."""
+    def _gradients(self, params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any, Any]:
+        """(summed nats, gradient of the sum, new carry), micro-batch by micro-batch."""
 
-        def loss(params: Any, window: Any, carry: Any, key: Any) -> tuple[Any, Any]:
-            logits, carry = self.model.apply(
-                {"params": params}, window[:, :-1], carry, train=True, rngs={"dropout": key}
-            )
-            return jnp.sum(next_token_nats(logits, window[:, 1:])), carry
+        def loss(params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any]:
+            logits, carry = self.model.apply({"params": params}, tokens, carry, train=True, rngs={"dropout": key})
+            nats = next_token_nats(logits, jnp.maximum(targets, 0))
+            return jnp.sum(jnp.where(targets >= 0, nats, 0)), carry
 
         gradient = jax.value_and_grad(loss, has_aux=True)
-        tokens = jnp.float32(window[:, 1:].size)
         parts = self.config.train.accumulation
         if parts == 1:
-            (nats, carry), gradients = gradient(params, window, carry, key)
-            return nats, tokens, gradients, carry
+            (nats, carry), gradients = gradient(params, tokens, targets, carry, key)
+            return nats, gradients, carry
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            (nats, _), gradients = gradient(params, part[0], None, part[1])
+            tokens, targets, key = part
+            (nats, _), gradients = gradient(params, tokens, targets, None, key)
             return jax.tree.map(jnp.add, total, (nats, gradients)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        micro = window.reshape(parts, -1, window.shape[-1])
-        (nats, gradients), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, parts)))
-        return nats, tokens, gradients, carry
+        cut = lambda rows: rows.reshape(parts, -1, rows.shape[-1])
+        (nats, gradients), _ = jax.lax.scan(add, zero, (cut(tokens), cut(targets), jax.random.split(key, parts)))
+        return nats, gradients, carry
 
 
 class Interrupted(Exception):
@@ -235,7 +255,7 @@ Pause = tuple[Callable[[int], float], Callable[[int, Any], None]]
 def loop(
     trainer: Trainer,
     state: State,
-    batches: Batches,
+    batches: Any,
     *,
     on_row: Callable[[int, dict[str, float]], None],
     on_dispatch: Callable[[int, float, float], None],
@@ -245,6 +265,7 @@ def loop(
     """Trains from state.step to train.steps.
 
     Args:
+      batches: `batches(step, count)` gives what `Trainer.dispatch` takes for these steps; see data.Batches.
       on_row: called with (step, metrics) for every row of the curve.
       on_dispatch: called with (step, latest loss, tokens so far in this process) when a dispatch is read.
       pauses: (due, call) pairs, where due(step) is the next step after `step` at which training
