@@ -42,7 +42,7 @@ class Session:
         self.failures: dict[str, str] = {}
         plan = self.ledger.load_plan()
         if plan is None:
-            plan = budget.solve(comparison.configs, self.compare.budget, self.vocab_size, self._step_seconds)
+            plan = budget.solve(self.base, comparison.configs, self.compare.budget, self.vocab_size, self._step_seconds)
             self._check(plan[1])
             self.ledger.save_plan(*plan)
         self.value, self.configs = plan
