@@ -10,8 +10,9 @@ LAYERS = [
     {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"},
     {"checkpoints", "evaluate"},
-    {"train", "inference"},
-    {"run", "dynamic", "results"},
+    {"train", "inference", "document"},
+    {"run", "dynamic", "results", "figures"},
+    {"details"},
     {"report"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
