@@ -11,9 +11,10 @@ LAYERS = [
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
     | {"arms", "tasks"},
     {"checkpoints", "evaluate", "budget"},
-    {"train", "inference"},
-    {"run", "ensemble", "dynamic", "results"},
-    {"jobs", "ledger", "report", "probes"},
+    {"train", "inference", "document"},
+    {"run", "ensemble", "dynamic", "results", "figures"},
+    {"jobs", "ledger", "probes", "details"},
+    {"report"},
     {"compare"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -57,7 +57,11 @@ def test_a_sweep_that_says_nothing_is_refused(text):
         ({"a": {}, "b": {"corpus.path": "x"}}, {}, "Arm 'b': corpus.path must be the same for all arms"),
         ({"a": {}, "b": {"seed": 3}}, {}, "Arm 'b': seed must be the same for all arms"),
         ({"a": {}, "b": {"data.window": 64}}, {}, "windows of different lengths"),
-        ({"a": {}, "b": {"train.steps": 640}}, {}, "Arm 'b': train.steps is what the budget of equal tokens solves for"),
+        (
+            {"a": {}, "b": {"train.steps": 640}},
+            {},
+            "Arm 'b': train.steps is what the budget of equal tokens solves for",
+        ),
         ({"a": {}, "b": {"optimizer.learning_rate": 1e-2}}, {"learning_rates": (1e-3,)}, "leave out one of the two"),
         (
             {"a": {}, "b": {"model.backbone": "lstm", "model.transformer.heads": 2}},

@@ -11,23 +11,25 @@ from textgen import statistics
 from textgen.config import UserError
 
 
-def nats_of_a_tie(random, seeds, tokens, *, text=0.15, seed=0.006, mixed=0.15, length=30):
+def wave(random, shape, sd, length=30):
+    """Normal noise, alike over `length` neighbours on the last axis."""
+    keep = math.exp(-1 / length)
+    noise = random.standard_normal(shape, dtype=np.float32) * np.float32(sd * math.sqrt(1 - keep**2))
+    return lfilter([1], [1, -keep], noise, axis=-1)
+
+
+def nats_of_a_tie(random, seeds, tokens, *, text=0.15, seed=0.006, mixed=0.15):
     """Two arms of one true loss, [2, S, N]: the nats of characters under models of tiny Shakespeare's kind.
 
     Args:
-      text: sd of what the arms predict differently, token by token; alike over `length` tokens.
+      text: sd of what the arms predict differently, token by token; alike over 30 neighbours.
       seed: sd of a seed's mean loss.
-      mixed: sd of what a seed predicts differently, token by token, alike over `length` tokens.
+      mixed: sd of what a seed predicts differently, token by token, alike over 30 neighbours.
     """
-
-    def wave(shape, sd):
-        keep = math.exp(-1 / length)
-        noise = random.standard_normal(shape, dtype=np.float32) * np.float32(sd * math.sqrt(1 - keep**2))
-        return lfilter([1], [1, -keep], noise, axis=-1)
-
     hard = random.exponential(1.5, tokens)
     return [
-        hard + wave(tokens, text) + wave((seeds, tokens), mixed) + random.normal(0, seed, (seeds, 1)) for _ in range(2)
+        hard + wave(random, tokens, text) + wave(random, (seeds, tokens), mixed) + random.normal(0, seed, (seeds, 1))
+        for _ in range(2)
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from textgen import budget, data, evaluate, inference, logs
+from textgen import budget, data, evaluate, inference, logs, report
 from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
 from textgen.arms import Comparison
@@ -107,6 +107,10 @@ class Session:
         )
         results["baselines"] = self._baselines()
         checkpoints_lib.write_json(self.workdir / "results.json", results)
+        report.write(self.workdir)
+        logs.console.print(
+            f"the report: {self.workdir / 'report.html'}   the curves: tensorboard --logdir {self.workdir}"
+        )
         return results
 
     # Jobs: runs that differ in the seed and the learning rate alone are one program.
