@@ -56,7 +56,8 @@ def compare(config: ConfigDict, arms: Arms) -> ConfigDict:
     with config.unlocked():
         if "compare" not in config:
             config.compare = _defaults()
-        config.compare.arms = ConfigDict({name: _nest(overrides) for name, overrides in arms.items()})
+        trees = {name: _nest(overrides) for name, overrides in arms.items()}
+        config.compare.arms = ConfigDict(trees, allow_dotted_keys=True)  # names with numbers such as 0.001
     return config
 
 

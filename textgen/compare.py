@@ -95,7 +95,7 @@ class Session:
         """
         tuned = len(self.compare.learning_rates) * self.compare.tuning_seeds
         work = {name: cost.train_flops for name, cost in self.costs.items()}
-        done = sum(work[arm] * tuned for arm in self.configs if self.ledger.tuning_file(arm).exists())
+        done = sum((work[arm] * tuned for arm in self.configs if self.ledger.tuning_file(arm).exists()), 0.0)
         done += sum(work[a] for a in self.configs for s in self.ledger.seeds if self.ledger.result_file(a, s).exists())
         with logs.Overview(sum(work.values()) * (tuned + self.compare.seeds), done) as self.display:
             self._each_job(self._tuning_runs(), self._tune)
@@ -151,7 +151,7 @@ class Session:
                 self.failures |= dict.fromkeys(names, text)
                 self.display.print(f"failed: {', '.join(names)}: {text}")
 
-    def _job(self, runs: list[Run], name: str, tokens: data.Tokens, held_out: data.Tokens) -> Job:
+    def _job(self, runs: list[Run], name: str, tokens: np.ndarray, held_out: np.ndarray) -> Job:
         return Job(
             runs,
             self.workdir / "jobs" / name,
@@ -291,7 +291,7 @@ def _samples(lm: inference.TextModel) -> list[dict[str, Any]]:
     ]
 
 
-def _curve(folder: Path) -> list[list[float]]:
+def _curve(folder: Path) -> list[list[Any]]:
     return [[row["step"], row["eval/loss"]] for row in logs.read_metrics(folder) if "eval/loss" in row]
 
 
