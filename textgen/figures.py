@@ -9,7 +9,6 @@ import numpy as np
 from textgen import pages, statistics
 
 Draw = Callable[[Any], None]
-Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> x, y
 
 
 def color(i: int) -> str:
@@ -17,7 +16,7 @@ def color(i: int) -> str:
 
 
 def losses(
-    arms: Mapping[str, Sequence[float]],
+    arms: Mapping[str, Any],
     intervals: Mapping[str, float],
     colors: Mapping[str, int],
     baselines: Mapping[str, float],
@@ -64,7 +63,7 @@ def _frame_on(axes: Any, values: Sequence[float], others: Any) -> None:
     axes.set_xlim(low - margin, high + margin)
 
 
-def curves(arms: Mapping[str, Sequence[Sequence[Sequence[float]]]], colors: Mapping[str, int], unit: str) -> Draw:
+def curves(arms: Mapping[str, Any], colors: Mapping[str, int], unit: str) -> Draw:
     """A thin line for each seed: the validation loss by step.
 
     Args:
@@ -97,7 +96,7 @@ def curves(arms: Mapping[str, Sequence[Sequence[Sequence[float]]]], colors: Mapp
 
 
 def tuning(
-    arms: Mapping[str, Mapping[float, Sequence[float]]],
+    arms: Mapping[str, Any],
     initial: Mapping[str, float],
     colors: Mapping[str, int],
 ) -> Draw:
@@ -138,8 +137,8 @@ def tuning(
 
 def groups(
     labels: Sequence[str],
-    losses: Mapping[str, Sequence[float]],
-    differences: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    losses: Mapping[str, Any],
+    differences: Mapping[str, Any],
     colors: Mapping[str, int],
     leader: str,
     axis: str,

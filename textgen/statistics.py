@@ -10,7 +10,8 @@ does to a block, which both hold, is counted once.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -157,7 +158,7 @@ def text_interval(nats: Float[np.ndarray, "N"], *, block: int = 512, confidence:
     return float(low), float(high)
 
 
-def seed_interval(losses: Sequence[float], confidence: float = 0.95) -> float:
+def seed_interval(losses: Any, confidence: float = 0.95) -> float:
     """Half the width of the interval of an arm's mean loss over its seeds, on this text; NaN for one seed.
 
     Student's t: exact if seeds are normal, and weak with few of them: with 3, it is 4.3 standard
@@ -169,7 +170,7 @@ def seed_interval(losses: Sequence[float], confidence: float = 0.95) -> float:
     return student_t(confidence, len(losses) - 1) * error
 
 
-def best_of_k(losses: Sequence[float]) -> Float[np.ndarray, "K"]:
+def best_of_k(losses: Any) -> Float[np.ndarray, "K"]:
     """The expected least loss among k trials, for k = 1 ... all, had the trials been these in random order.
 
     The unbiased estimate, over all subsets of k (Tang et al. 2020); that of Dodge et al. (2019)
@@ -182,7 +183,7 @@ def best_of_k(losses: Sequence[float]) -> Float[np.ndarray, "K"]:
     return np.array(ways).reshape(count, count) @ ordered
 
 
-def rate_sensitivity(losses: Mapping[float, Sequence[float]], initial: float) -> float:
+def rate_sensitivity(losses: Mapping[float, Any], initial: float) -> float:
     """How much a learning rate off the best costs: mean over the rates of min(loss, initial) less the best.
 
     Wortsman et al. (2023). Nats per token; a trial that diverged counts as the loss before training.
