@@ -117,7 +117,7 @@ def shaded(document: Document, results: Results) -> None:
     if results.text is None or len(results.finished) < 2:
         return
     tokenizer, tokens, _ = results.text
-    a, b = results.finished[:2]
+    a, b = sorted(results.finished[:2], key=lambda arm: results.colors[arm.name])  # the cool shade is of the first
     gap = a.mean_nats - b.mean_nats
     length = min(PASSAGE, len(gap))
     low, high = analysis.most_different(gap, length)

@@ -247,7 +247,7 @@ def verdict(
             "Two seeds or more are needed, better five."
         )
         return Verdict("unresolved", text, d)
-    over = f"({confidence * 100:.3g} % interval over the text and {seeds_in_words(d.a.seeds, d.b.seeds)})"
+    over = f"({confidence * 100:.3g} % interval over the text and {_seeds(names, d)})"
     lower = f"the loss of {a} was lower than that of {b} by {interval} {over}"
     if d.half_width + abs(d.mean) < smallest:
         return Verdict(
@@ -274,8 +274,10 @@ def _advice(d: Difference, smallest: float) -> str:
     return f"More than {MOST_SEEDS} seeds would be needed: take more validation text, or call it a tie."
 
 
-def seeds_in_words(a: int, b: int) -> str:
-    return f"{a} seeds of each" if a == b else f"{a} and {b} seeds"
+def _seeds(names: tuple[str, str], d: Difference) -> str:
+    if d.a.seeds == d.b.seeds:
+        return f"{d.a.seeds} seeds of each"
+    return f"{d.a.seeds} seeds of {names[0]} and {d.b.seeds} of {names[1]}"
 
 
 def rounded(value: float, error: float) -> tuple[str, str]:
