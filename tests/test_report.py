@@ -86,17 +86,19 @@ def test_a_clear_win_with_every_number(tmp_path):
     assert markdown.index("is better than") < markdown.index("|")
 
 
-def test_the_ensemble_and_the_mixture_are_marked_apart(tmp_path):
+def test_ensembles_and_mixtures_are_marked_apart(tmp_path):
     folder = made_up(tmp_path / "duel", {"a": 1.50, "b": 1.40})
-    page, markdown = both(folder)
+    _, markdown = both(folder)
     results = Results(folder)
     apart = markdown[markdown.index("## Apart") : markdown.index("## Where")]
-    for blend in [*results.ensembles(), *results.mixtures()]:
-        assert f"{blend.loss:.4f}" in apart
-    mean = np.mean(results.finished[0].losses)
-    assert results.ensembles()[0].loss == pytest.approx(mean - results.ensembles()[0].gain, abs=0.01)
-    assert "b with 5-gram" in apart
-    assert "dynamic evaluation" not in apart
+    blends = {blend.models: blend for blend in results.blends()}
+    assert list(blends) == ["b, its 3 seeds", "a, its 3 seeds", "b with a", "b with 5-gram", "a with 5-gram"]
+    for blend in blends.values():
+        assert f"| {blend.models} | {blend.kind} | {blend.loss:.4f} |" in apart
+    nats = results.finished[0].nats.astype(np.float64)
+    assert blends["b, its 3 seeds"].loss == pytest.approx(-np.log(np.exp(-nats).mean(0)).mean())
+    assert blends["b, its 3 seeds"].gain == pytest.approx(nats.mean() - blends["b, its 3 seeds"].loss)
+    assert "dynamic evaluation |" not in apart
 
 
 def test_a_dynamic_column_when_there_is_one(tmp_path):

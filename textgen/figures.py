@@ -8,6 +8,7 @@ import numpy as np
 
 from textgen import pages, statistics
 
+HEADROOM = 0.6  # nats above the least loss of a sweep that its figure shows
 Draw = Callable[[Any], None]
 
 
@@ -100,20 +101,26 @@ def tuning(
     initial: Mapping[str, float],
     colors: Mapping[str, int],
 ) -> Draw:
-    """Left: the loss of every trial by learning rate. Right: the least loss to expect among k trials.
+    """Left: the loss of every trial, what is far off at the top. Right: the least loss to expect among k trials.
 
     Args:
       arms: loss of each seed by learning rate; NaN where one diverged.
       initial: the loss before training; a diverged trial stands there.
     """
 
+    every = [loss for name, some in arms.items() for losses in some.values() for loss in (*losses, initial[name])]
+    top = float(np.nanmin(every)) + HEADROOM
+
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         for name, trials in arms.items():
             filled = {rate: np.fmin(np.asarray(some, float), initial[name]) for rate, some in sorted(trials.items())}
             for rate, some in filled.items():
-                left.plot([rate] * len(some), some, "o", color=color(colors[name]), ms=4, alpha=0.6, mew=0)
-            left.plot(list(filled), [some.mean() for some in filled.values()], color=color(colors[name]), label=name)
+                left.plot(
+                    [rate] * len(some), np.fmin(some, top), "o", color=color(colors[name]), ms=4, alpha=0.6, mew=0
+                )
+            means = [min(some.mean(), top) for some in filled.values()]
+            left.plot(list(filled), means, color=color(colors[name]), label=name)
             best = statistics.best_of_k(np.concatenate(list(filled.values())))
             right.plot(
                 np.arange(1, len(best) + 1),
@@ -124,6 +131,7 @@ def tuning(
                 drawstyle="default",
             )
         left.set_xscale("log")
+        left.set_ylim(top=top + 0.03)
         left.set_title("every trial, and the mean at each rate")
         left.set_xlabel("learning rate")
         left.set_ylabel("loss on the end of the training text, nats per token")
