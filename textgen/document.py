@@ -30,6 +30,7 @@ class Document:
 
     def figure(self, draw: Callable[[Any], None], *, size: tuple[float, float] = (9.5, 3.6), caption: str = "") -> None:
         self.html.append(pages.figure(draw, size=size, caption=caption))
+        self.markdown.append(f"*(a figure, in report.html) {caption}*".replace(" *", "*"))
 
     def only_html(self, *parts: str) -> None:
         self.html += parts
