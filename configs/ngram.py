@@ -1,7 +1,7 @@
 """Interpolated Kneser-Ney n-grams on the characters of tiny Shakespeare: the baseline without a gradient.
 
-    python -m experiments.train --config=configs/ngram.py                                       order 7
-    python -m experiments.train --config=configs/ngram.py --config.model.ngram.order=5
+python -m experiments.train --config=configs/ngram.py                                       order 7
+python -m experiments.train --config=configs/ngram.py --config.model.ngram.order=5
 """
 
 from configs import base

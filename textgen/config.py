@@ -113,10 +113,6 @@ class NGramConfig:
     order: int
     discount: float | None
 
-    def __post_init__(self):
-        _positive(self, "model.ngram", "order", "discount")
-        require(self.discount is None or self.discount <= 1, f"model.ngram.discount is at most 1, got {self.discount}.")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -57,9 +57,7 @@ class TextModel:
       step: the optimizer step that the parameters come from.
     """
 
-    def __init__(
-        self, model: models.Model, params: Any, tokenizer: tokenizers.Tokenizer, config: Config, step: int
-    ):
+    def __init__(self, model: models.Model, params: Any, tokenizer: tokenizers.Tokenizer, config: Config, step: int):
         self.model, self.params, self.tokenizer, self.config, self.step = model, params, tokenizer, config, step
 
         def next_token(params: Any, tokens: Any, carry: Any, lengths: Any) -> Any:

@@ -15,9 +15,9 @@ context's successors lie side by side and the next level's contexts are numbered
 """
 
 import dataclasses
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Shaped
@@ -98,7 +98,7 @@ def _successors(level: Tables, context: Any) -> tuple[Any, Any]:
 def _distribution(tables: Tables, contexts: Any) -> Any:
     """[..., V] the probability of each next token, from the shortest context to the longest."""
     shape = contexts.shape[:-1]
-    contexts = contexts.reshape(-1, contexts.shape[-1])  # [N, C]
+    contexts = contexts.reshape(math.prod(shape), contexts.shape[-1])  # [N, C]
     p = jnp.broadcast_to(tables["unigram"], (len(contexts), len(tables["unigram"])))
     row = jnp.arange(len(contexts))[:, None]
     for k in range(1, contexts.shape[-1] + 1):
@@ -131,7 +131,7 @@ def fit(tokens: Shaped[np.ndarray, "N"], order: int, vocab_size: int, discount: 
     Raises:
       UserError: order below 1, a text no longer than the order, a token outside the vocabulary.
     """
-    require(order >= 1, f"The order of an n-gram model must be 1 or more, got {order}.")
+    require(order >= 1, f"The order of an n-gram model (model.ngram.order) must be 1 or more, got {order}.")
     require(
         len(tokens) > order,
         f"An n-gram model of order {order} takes a text of more than {order} tokens, got {len(tokens)}: "
@@ -139,7 +139,7 @@ def fit(tokens: Shaped[np.ndarray, "N"], order: int, vocab_size: int, discount: 
     )
     require(
         discount is None or 0 < discount <= 1,
-        f"The discount of an n-gram model must lie in (0, 1], got {discount}; leave it out to have it estimated.",
+        f"The discount of an n-gram model (model.ngram.discount) must lie in (0, 1], got {discount}; None: estimated.",
     )
     _check_vocabulary(tokens, vocab_size)
     tokens = np.asarray(tokens, np.int64)
