@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import textgen
+from configs import ngram as ngram_config
 from textgen import config as config_lib
 from textgen import evaluate, inference, logs, models, plays, run
 from textgen.config import UserError
@@ -238,6 +239,13 @@ def test_impossible_settings_are_named():
 
 
 # --- as a run
+
+
+def test_the_config_file_takes_the_order():
+    model = models.build(config_lib.from_dict(ngram_config.get_config("5")), V)
+    assert model == models.NGram(5, V)
+    with pytest.raises(ValueError, match="takes a whole number, got ':lstm'"):
+        ngram_config.get_config("lstm")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
