@@ -10,7 +10,7 @@ LAYERS = [
     {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
     | {"arms", "tasks"},
-    {"checkpoints", "evaluate", "budget"},
+    {"checkpoints", "evaluate", "samples", "budget"},
     {"train", "inference", "document"},
     {"run", "ensemble", "dynamic", "results", "figures"},
     {"jobs", "ledger", "probes", "details"},

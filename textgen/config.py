@@ -113,10 +113,6 @@ class NGramConfig:
     order: int
     discount: float | None
 
-    def __post_init__(self):
-        _positive(self, "model.ngram", "order", "discount")
-        require(self.discount is None or self.discount <= 1, f"model.ngram.discount is at most 1, got {self.discount}.")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -358,9 +354,7 @@ def from_dict(source: ConfigDict | Mapping) -> Config:
     Raises:
       UserError: an unknown or missing key, a wrong type, an impossible value or relation.
     """
-    if isinstance(source, ConfigDict):
-        source = source.to_dict()
-    return build(source, Config, "")
+    return build(source.to_dict() if isinstance(source, ConfigDict) else source, Config, "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
