@@ -227,13 +227,13 @@ class Probes:
         total = sum(cell.config.train.steps for cell in todo)
         if len(todo) < len(self.cells):
             logs.console.print(f"{len(self.cells) - len(todo)} of {len(self.cells)} probes are finished already")
-        with logs.Overview(max(total, 1), 0) as display:
+        with logs.Overview(float(max(total, 1)), 0.0) as display:
             for cell in todo:
                 last = 0
 
                 def on_step(step: int, loss: float, cell: Cell = cell) -> None:
                     nonlocal last
-                    display.update(cell.name, step / cell.config.train.steps, step - last, f"loss {loss:.3f}")
+                    display.update(cell.name, step / cell.config.train.steps, float(step - last), f"loss {loss:.3f}")
                     last = step
 
                 try:
