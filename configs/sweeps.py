@@ -3,7 +3,7 @@
     config = sweeps.compare(config, {"lstm": {"model.backbone": "lstm"}, "deep": {"model.layers": 8}})
     config = sweeps.compare(config, sweeps.product({"model.layers": [2, 4], "model.backbone": ["lstm", "transformer"]}))
 
-An arm is a name and the keys in which it departs from the config, dotted.
+An arm is a name and the keys in which it departs from the config, dotted. Arms stand in the order of their names.
 """
 
 import ast
@@ -56,7 +56,8 @@ def compare(config: ConfigDict, arms: Arms) -> ConfigDict:
     with config.unlocked():
         if "compare" not in config:
             config.compare = _defaults()
-        config.compare.arms = ConfigDict({name: _nest(overrides) for name, overrides in arms.items()})
+        trees = {name: _nest(overrides) for name, overrides in arms.items()}
+        config.compare.arms = ConfigDict(trees, allow_dotted_keys=True)  # names with numbers such as 0.001
     return config
 
 
@@ -73,7 +74,7 @@ def _defaults() -> ConfigDict:
 
     compare.budget = ConfigDict()
     compare.budget.kind = "tokens"  # held equal: parameters, flops, tokens, seconds; all of one run's training
-    compare.budget.value = placeholder(float)  # of that kind; None: what the first arm takes as it stands
+    compare.budget.value = placeholder(float)  # of that kind; None: what the config takes without any arm's overrides
     compare.budget.solve_for = placeholder(str)  # width, steps; None: width for parameters, else steps
     compare.budget.tolerance = 0.02  # relative; how far a width may miss
 

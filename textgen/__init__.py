@@ -10,6 +10,7 @@ The house, from the ground up; a module imports only lower layers:
        plays        Shakespeare's plays from a package
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress
+       pages        self-contained HTML: tables, shaded texts, figures
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
        models/      backbones behind one contract, and the shell around them

@@ -80,8 +80,9 @@ class CompareConfig:
         require(len(self.arms) >= 2, f"A comparison takes two arms or more, got {len(self.arms)}: {list(self.arms)}.")
         for name in self.arms:
             require(
-                re.fullmatch(r"[\w+=,-][\w.+=,-]*", name) and name not in ("nats", "jobs"),
-                f"An arm's name is a folder's: letters, digits and . , + - = _ (and not nats, jobs), got '{name}'.",
+                re.fullmatch(r"[\w+=,-][\w.+=,-]*", name) and name not in ("nats", "jobs", "tuning", "baselines"),
+                f"An arm's name is that of a folder, of letters, digits and . , + - = _, and not nats, jobs, tuning or "
+                f"baselines; got '{name}'.",
             )
 
 

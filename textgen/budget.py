@@ -11,8 +11,6 @@ from textgen import models
 from textgen.arms import BudgetConfig
 from textgen.config import Config, UserError, require
 
-WIDEST = 2**15  # of a width that is looked for
-
 # Matrix products of bfloat16 without sparsity, FLOP/s, from the makers' data sheets.
 PEAKS = {
     "A100": 312e12,
@@ -89,6 +87,7 @@ def with_steps(config: Config, steps: int) -> Config:
 
 
 def solve(
+    base: Config,
     configs: Mapping[str, Config],
     budget: BudgetConfig,
     vocab_size: int,
@@ -97,30 +96,32 @@ def solve(
     """The budget's value, and the configs brought to it by their width or their number of steps.
 
     Args:
-      configs: arm name -> config; the first one's cost is the value, where none is given.
+      base: its cost is the value, where none is given.
+      configs: arm name -> config.
       step_seconds: measures the time of one step of a run; for a budget of seconds alone.
 
     Raises:
       UserError: a budget that no width or number of steps meets; it says which come nearest.
     """
-    costs = {name: cost(config, vocab_size) for name, config in configs.items()}
-    seconds = {name: step_seconds(config) for name, config in configs.items()} if budget.kind == "seconds" else {}
-    first = next(iter(configs))
     value = budget.value
     if value is None:
-        value = seconds[first] * costs[first].steps if seconds else _amount(costs[first], budget.kind)
+        spent = cost(base, vocab_size)
+        value = step_seconds(base) * spent.steps if budget.kind == "seconds" else _amount(spent, budget.kind)
     solved = {}
     for name, config in configs.items():
         if budget.unknown == "model.width":
             solved[name] = _solve_width(name, config, budget, value, vocab_size)
             continue
-        each = seconds[name] if seconds else _amount(costs[name], budget.kind) / costs[name].steps
+        if budget.kind == "seconds":
+            each = step_seconds(config)
+        else:
+            each = _amount(cost(config, vocab_size), budget.kind) / config.train.steps
         solved[name] = _solve_steps(name, config, budget, value, each)
     return float(value), solved
 
 
 def _amount(cost: Cost, kind: str) -> float:
-    return {"parameters": cost.parameters, "flops": cost.train_flops, "tokens": cost.tokens}[kind]
+    return float({"parameters": cost.parameters, "flops": cost.train_flops, "tokens": cost.tokens}[kind])
 
 
 def _solve_steps(name: str, config: Config, budget: BudgetConfig, value: float, each: float) -> Config:
@@ -138,7 +139,7 @@ def _solve_steps(name: str, config: Config, budget: BudgetConfig, value: float, 
 
 
 def _solve_width(name: str, config: Config, budget: BudgetConfig, value: float, vocab_size: int) -> Config:
-    """The admissible width that comes nearest: by bisection, since a wider model costs more."""
+    """The admissible width that comes nearest."""
 
     def admissible(width: int) -> Config | None:
         try:
@@ -148,12 +149,21 @@ def _solve_width(name: str, config: Config, budget: BudgetConfig, value: float, 
 
     grain = next((g for g in range(1, 1025) if admissible(g) and admissible(2 * g) and admissible(3 * g)), None)
     require(grain is not None, f"Arm '{name}': no width up to 1024 goes with its other settings.")
-    amount = lambda i: _amount(cost(with_width(config, i * grain), vocab_size), budget.kind)
-    low, high = 1, max(WIDEST // grain, 2)  # in grains
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if amount(middle) <= value else (low, middle)
-    misses = {i: amount(i) / value - 1 for i in (low, high)}
+    known: dict[int, float] = {}
+
+    def amount(grains: int) -> float:
+        if grains not in known:
+            known[grains] = _amount(cost(with_width(config, grains * grain), vocab_size), budget.kind)
+        return known[grains]
+
+    low = max(config.model.width // grain, 1)
+    for _ in range(2):  # costs grow about with the square of the width
+        low = max(round(low * math.sqrt(value / amount(low))), 1)
+    while low > 1 and amount(low) > value:
+        low -= 1
+    while amount(low + 1) <= value:
+        low += 1
+    misses = {i: amount(i) / value - 1 for i in (low, low + 1)}
     best = min(misses, key=lambda i: abs(misses[i]))
     found = "; ".join(f"width {i * grain} has {amount(i):,.6g} ({miss:+.1%})" for i, miss in misses.items())
     require(

@@ -6,97 +6,76 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from textgen import budget, data, inference, logs
+from textgen import budget, data, evaluate, inference, logs, report
 from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
 from textgen.arms import Comparison
 from textgen.config import Config, UserError, require
 from textgen.jobs import Job, Run
-
-# What may differ when a comparison goes on: nothing that a result depends on.
-MAY_CHANGE = ("config.log.", "config.checkpoint.", "compare.title", "compare.at_once")
+from textgen.ledger import Ledger
+from textgen.models import ngram
 
 
 class Session:
-    """One process's part of a comparison: `Session(comparison, workdir).run()`.
-
-    Its folder holds comparison.json (what was asked for, the rule of the verdict with it),
-    plan.json (the arms after the budget was solved), tuning/, ARM/SEED/ (an ordinary run each, with
-    a result.json once it is done), nats/ARM/SEED.npy, and results.json, from which the report is made.
-    """
+    """One process's part of a comparison: `Session(comparison, workdir).run()`."""
 
     def __init__(self, comparison: Comparison, workdir: str | Path):
-        """Makes the workdir, or takes up the comparison that it holds.
+        """Makes the workdir, or takes up the comparison that it holds; see Ledger for what is in it.
 
         Raises:
           UserError: whatever a user can get wrong; nothing that was saved is touched by it.
         """
-        self.asked, self.compare, self.workdir = comparison, comparison.compare, Path(workdir)
-        require(comparison.base.mesh == type(comparison.base.mesh)(data=1, fsdp=1, tensor=1), _ONE_DEVICE)
-        record = json.loads(json.dumps(comparison.record()))
-        self._take_up(record)
-        self.dataset = data.load(comparison.base)
+        self.base, self.compare, self.workdir = comparison.base, comparison.compare, Path(workdir)
+        mesh = self.base.mesh
+        require(
+            mesh.data * mesh.fsdp * mesh.tensor == 1,
+            "A comparison trains on one device: leave mesh.data, mesh.fsdp and mesh.tensor at 1.",
+        )
+        self.ledger = Ledger(self.workdir, comparison)
+        self.dataset = data.load(self.base)
         self.vocab_size = self.dataset.tokenizer.vocab_size
         tokens = self.dataset.train.tokens
         cut = int(len(tokens) * (1 - self.compare.dev_fraction))
         self.tuning_tokens, self.dev_tokens = tokens[:cut], tokens[cut:]
         self.failures: dict[str, str] = {}
-        plan = self.workdir / "plan.json"
-        if plan.exists():
-            saved = checkpoints_lib.read_json(plan, "its plan")
-            self.value = saved["value"]
-            self.configs = {name: config_lib.from_dict(tree) for name, tree in saved["configs"].items()}
-        else:
-            self.value, self.configs = budget.solve(
-                comparison.configs, self.compare.budget, self.vocab_size, self._step_seconds
-            )
-            _refuse_twins(self.configs)
-            for config in self.configs.values():  # whatever a run would refuse, it refuses now
-                data.Batches(self.tuning_tokens, config.data, config.seed)
-            self._make_folder()
-            checkpoints_lib.write_json(
-                plan, {"value": self.value, "configs": {n: config_lib.to_dict(c) for n, c in self.configs.items()}}
-            )
-            checkpoints_lib.write_json(self.workdir / "comparison.json", record)
+        plan = self.ledger.load_plan()
+        if plan is None:
+            plan = budget.solve(self.base, comparison.configs, self.compare.budget, self.vocab_size, self._step_seconds)
+            self._check(plan[1])
+            self.ledger.save_plan(*plan)
+        self.value, self.configs = plan
         self.costs = {name: budget.cost(config, self.vocab_size) for name, config in self.configs.items()}
 
-    def _take_up(self, record: Mapping[str, Any]) -> None:
-        """Refuses a folder that holds something else."""
-        require(not self.workdir.exists() or self.workdir.is_dir(), f"The workdir '{self.workdir}' is a file.")
-        if (self.workdir / "comparison.json").exists():
-            saved = checkpoints_lib.read_json(self.workdir / "comparison.json", "what it compares")
-            differ = config_lib.differences(saved, record)
-            listed = "; ".join(
-                f"{k.removeprefix('config.')} was {old!r}, is {new!r}"
-                for k, (old, new) in differ.items()
-                if not k.startswith(MAY_CHANGE)
-            )
-            require(
-                not listed,
-                f"'{self.workdir}' holds the results of another comparison: {listed}. Give a new --workdir, or the "
-                "old values.",
-            )
-        elif self.workdir.is_dir() and {p.name for p in self.workdir.iterdir()} - {"plan.json"}:
-            raise UserError(f"'{self.workdir}' is not empty and holds no comparison: give a new --workdir.")
-
-    def _make_folder(self) -> None:
+    def _check(self, configs: Mapping[str, Config]) -> None:
+        """Whatever a run would refuse is refused before the first one."""
+        names = list(configs)
+        for i, name in enumerate(names):
+            for other in names[:i]:
+                require(
+                    configs[other] != configs[name],
+                    f"The arms '{other}' and '{name}' do not differ once the budget of equal "
+                    f"{self.compare.budget.kind} is solved: they would be one model.",
+                )
+            data.Batches(self.tuning_tokens, configs[name].data, 0)
+        require(
+            len(self.dev_tokens) > 1, f"compare.dev_fraction={self.compare.dev_fraction} leaves nothing to tune on."
+        )
         try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The workdir '{self.workdir}' cannot be made: {error.strerror}.") from None
+            self.dataset.tokenizer.encode(self.base.sample.prompt)
+        except UserError as error:
+            raise UserError(f"sample.prompt: {error}") from None
 
     def describe(self) -> str:
         """What is about to be compared, in a few lines."""
-        c, tokens = self.compare, self.dataset.train.tokens
+        c = self.compare
         lines = [
-            f"corpus     {self.dataset.corpus.name}: {len(tokens):,} tokens to train, "
+            f"corpus     {self.dataset.corpus.name}: {len(self.dataset.train.tokens):,} tokens to train, "
             f"{len(self.dataset.validation.tokens):,} to validate; vocabulary {self.vocab_size:,}",
             f"equal      {c.budget.kind}: {self.value:,.6g}",
-            f"runs       {len(self.configs)} arms x {c.seeds} seeds"
-            + f", and {len(c.learning_rates) * c.tuning_seeds} to tune each arm",
+            f"runs       {len(self.configs)} arms x {c.seeds} seeds, and {len(c.learning_rates) * c.tuning_seeds} to "
+            "tune each arm",
             f"workdir    {self.workdir}",
         ]
         for name, cost in self.costs.items():
@@ -114,46 +93,49 @@ class Session:
           train.Interrupted: by a signal; everything so far is saved.
           UserError: every run failed.
         """
-        c = self.compare
-        tuned = len(c.learning_rates) * c.tuning_seeds
+        tuned = len(self.compare.learning_rates) * self.compare.tuning_seeds
         work = {name: cost.train_flops for name, cost in self.costs.items()}
-        total = sum(work.values()) * (tuned + c.seeds)
-        done = sum(work[n] * tuned for n in self.configs if self._tuning_file(n).exists())
-        done += sum(work[n] for n in self.configs for s in self._seeds() if self._result_file(n, s).exists())
-        with logs.Overview(total, done) as self.display:
-            if c.learning_rates:
-                self._each_job(self._tuning_runs(), self._tune)
+        done = sum((work[arm] * tuned for arm in self.configs if self.ledger.tuning_file(arm).exists()), 0.0)
+        done += sum(work[a] for a in self.configs for s in self.ledger.seeds if self.ledger.result_file(a, s).exists())
+        with logs.Overview(sum(work.values()) * (tuned + self.compare.seeds), done) as self.display:
+            self._each_job(self._tuning_runs(), self._tune)
             self._each_job(self._final_runs(), self._train)
-        results = self.results()
+        results = self.ledger.results(self.dataset, len(self.dev_tokens), self.value, self.configs, self.failures)
         require(
             any(run["status"] == "done" for arm in results["arms"] for run in arm["runs"]),
-            "No run came to its end. " + " ".join(f"{name}: {error}" for name, error in self.failures.items()),
+            "No run came to its end. " + "; ".join(f"{name}: {error}" for name, error in self.failures.items()),
         )
-        self._write(results)
+        results["baselines"] = self._baselines()
+        checkpoints_lib.write_json(self.workdir / "results.json", results)
+        report.write(self.workdir)
+        logs.console.print(
+            f"the report: {self.workdir / 'report.html'}   the curves: tensorboard --logdir {self.workdir}"
+        )
         return results
 
     # Jobs: runs that differ in the seed and the learning rate alone are one program.
 
-    def _seeds(self) -> range:
-        return range(self.asked.base.seed, self.asked.base.seed + self.compare.seeds)
-
     def _tuning_runs(self) -> list[Run]:
         return [
-            Run(name, _member(config, self.asked.base.seed + i, rate))
+            Run(name, _member(config, self.base.seed + i, rate))
             for name, config in self.configs.items()
-            if not self._tuning_file(name).exists()
+            if not self.ledger.tuning_file(name).exists()
             for rate in self.compare.learning_rates
             for i in range(self.compare.tuning_seeds)
         ]
 
     def _final_runs(self) -> list[Run]:
-        return [
-            Run(name, _member(config, seed, self._learning_rate(name)))
-            for name, config in self.configs.items()
-            if name not in self.failures
-            for seed in self._seeds()
-            if not self._result_file(name, seed).exists()
-        ]
+        runs = []
+        for name, config in self.configs.items():
+            if name in self.failures:
+                continue
+            rate = self.ledger.learning_rate(name, config.optimizer.learning_rate)
+            if rate is None:
+                self.failures[name] = "it diverged with every learning rate"
+                continue
+            seeds = (seed for seed in self.ledger.seeds if not self.ledger.result_file(name, seed).exists())
+            runs += [Run(name, _member(config, seed, rate)) for seed in seeds]
+        return runs
 
     def _each_job(self, runs: list[Run], do: Callable[[list[Run]], None]) -> None:
         """Calls do(runs) for the runs of each program; one that fails is noted, and the others go on."""
@@ -169,7 +151,7 @@ class Session:
                 self.failures |= dict.fromkeys(names, text)
                 self.display.print(f"failed: {', '.join(names)}: {text}")
 
-    def _job(self, runs: list[Run], name: str, tokens: data.Tokens, held_out: data.Tokens) -> Job:
+    def _job(self, runs: list[Run], name: str, tokens: np.ndarray, held_out: np.ndarray) -> Job:
         return Job(
             runs,
             self.workdir / "jobs" / name,
@@ -180,7 +162,7 @@ class Session:
         )
 
     def _step_seconds(self, config: Config) -> float:
-        members = [Run("", _member(config, seed, config.optimizer.learning_rate)) for seed in self._seeds()]
+        members = [Run("", _member(config, seed, config.optimizer.learning_rate)) for seed in self.ledger.seeds]
         return self._job(members, "", self.dataset.train.tokens, self.dev_tokens).step_seconds()
 
     def _on_step(self, name: str, runs: list[Run]) -> Callable[[int, int, float], None]:
@@ -208,145 +190,73 @@ class Session:
                 }
             )
         for arm, tuning in rows.items():
-            self._tuning_file(arm).parent.mkdir(exist_ok=True)
-            checkpoints_lib.write_json(self._tuning_file(arm), tuning)
-            self.display.print(
-                f"tuned {arm}: "
-                + ", ".join(f"{row['learning_rate']:g} -> {_number(row['dev_loss'])}" for row in tuning)
-                + " nats per token on the end of the training text"
-            )
+            self.ledger.save_tuning(arm, tuning)
+            found = ", ".join(f"{row['learning_rate']:g} -> {_number(row['dev_loss'])}" for row in tuning)
+            self.display.print(f"tuned {arm}: {found} nats per token on the end of the training text")
         job.clear()
 
     def _train(self, runs: list[Run]) -> None:
         """Trains on the whole training text; each run gets a folder of its own, and a result."""
-        name, config = _names(runs), runs[0].config
-        job = self._job(runs, name, self.dataset.train.tokens, self.dataset.validation.tokens)
+        job = self._job(runs, _names(runs), self.dataset.train.tokens, self.dataset.validation.tokens)
         for run in runs:
-            overrides = config_lib.differences(config_lib.to_dict(self.asked.base), config_lib.to_dict(run.config))
-            changes = {key: new for key, (_, new) in overrides.items()}
+            departs = config_lib.differences(config_lib.to_dict(self.base), config_lib.to_dict(run.config))
+            changes = {key: new for key, (_, new) in departs.items()}
             checkpoints_lib.save_setup(self._folder(run), run.config, changes, self.dataset.tokenizer)
         job.train(
-            on_step=self._on_step(name, runs),
+            on_step=self._on_step(_names(runs), runs),
             writers=lambda start: [logs.Writer(self._folder(run), start) for run in runs],
         )
         for i, run in enumerate(runs):
-            result: dict[str, Any] = {"seed": run.seed, "seconds": job.run_seconds}
-            if i in job.diverged:
-                error = f"not finite for {config.train.max_skipped_steps} steps in a row, up to step {job.diverged[i]}"
-                result |= {"status": "diverged", "error": error, "loss": None, "nats": None, "samples": []}
-                result["curve"] = _curve(self._folder(run))
-            else:
-                result |= self._finish(job, i, run)
-            checkpoints_lib.write_json(self._result_file(run.arm, run.seed), result)
+            given_up = job.diverged.get(i)
+            result = self._finish(job, i, run) if given_up is None else _diverged(run, given_up)
+            result |= {"seed": run.seed, "seconds": job.run_seconds, "curve": _curve(self._folder(run))}
+            checkpoints_lib.write_json(self.ledger.result_file(run.arm, run.seed), result)
             self.display.print(f"{run.arm}, seed {run.seed}: validation loss {_number(result['loss'])}")
         job.clear()
 
     def _finish(self, job: Job, index: int, run: Run) -> dict[str, Any]:
         """The last evaluation of a run, its samples, its checkpoint and its HParams."""
         nats, folder, last = job.nats(index), self._folder(run), run.config.train.steps
-        path = Path("nats") / run.arm / f"{run.seed}.npy"
-        (self.workdir / path).parent.mkdir(parents=True, exist_ok=True)
-        _write_array(self.workdir / path, nats)
         loss = float(nats.mean(dtype=np.float64))
         writer = logs.Writer(folder, last)
-        if not any(row["step"] == last and "eval/loss" in row for row in logs.read_metrics(folder)):
+        if [last, loss] not in _curve(folder):
             writer.scalars(last, {"eval/loss": loss})
-        checkpoints = checkpoints_lib.Checkpoints(folder, 1)
-        checkpoints.save(last, job.member(index), loss)
         samples = _samples(job.model(index))
         for sample in samples:
             writer.text(last, f"samples/temperature {sample['temperature']:g}", sample["prompt"] + sample["text"])
-        settings = {"arm": run.arm} | config_lib.flatten(config_lib.to_dict(run.config))
-        writer.hparams(settings, {"final/eval/loss": loss})
+        writer.hparams({"arm": run.arm} | config_lib.flatten(config_lib.to_dict(run.config)), {"final/eval/loss": loss})
         writer.close()
+        checkpoints = checkpoints_lib.Checkpoints(folder, 1)
+        checkpoints.save(last, job.member(index), loss)
         checkpoints.wait()
         checkpoints.close()
-        return {
-            "status": "done",
-            "error": None,
-            "loss": loss,
-            "nats": str(path),
-            "curve": _curve(folder),
-            "samples": samples,
-        }
+        path = self.ledger.save_nats(run.arm, str(run.seed), nats)
+        return {"status": "done", "error": None, "loss": loss, "nats": path, "samples": samples}
 
-    # Results
-
-    def _learning_rate(self, name: str) -> float:
-        """The one with the least mean loss on the end of the training text."""
-        if not self.compare.learning_rates:
-            return self.configs[name].optimizer.learning_rate
-        rows = checkpoints_lib.read_json(self._tuning_file(name), "its tuning")
-        losses: dict[float, list[float]] = {}
-        for row in rows:
-            losses.setdefault(row["learning_rate"], []).append(np.inf if row["dev_loss"] is None else row["dev_loss"])
-        return min(losses, key=lambda rate: (np.mean(losses[rate]), rate))
-
-    def results(self) -> dict[str, Any]:
-        """All that there is so far, as results.json has it."""
-        c, corpus = self.compare, self.dataset.corpus
-        characters, size, digest = corpus.size
-        return {
-            "title": c.title or " against ".join(self.configs),
-            "corpus": {
-                "name": corpus.name,
-                "characters": characters,
-                "bytes": size,
-                "sha256": digest,
-                "train_tokens": len(self.dataset.train.tokens),
-                "dev_tokens": len(self.dev_tokens),
-                "validation_tokens": len(self.dataset.validation.tokens),
-                "validation_characters": self.dataset.validation.characters,
-                "vocabulary": self.vocab_size,
-                "tokenizer": self.dataset.tokenizer.kind,
-                "window": self.asked.base.eval_window,
-            },
-            "rule": {"metric": "validation nats per character in windows", **dataclasses.asdict(c.rule)},
-            "budget": {"kind": c.budget.kind, "value": self.value},
-            "dev_fraction": c.dev_fraction,
-            "device": jax.devices()[0].device_kind,
-            "config": config_lib.to_dict(self.asked.base),
-            "arms": [self._arm(name) for name in self.configs],
-            "baselines": [],
-        }
-
-    def _arm(self, name: str) -> dict[str, Any]:
-        tuning = self._tuning_file(name)
-        failed = {"status": "failed", "loss": None, "nats": None, "curve": [], "samples": []}
-        runs = []
-        for seed in self._seeds():
-            path = self._result_file(name, seed)
-            if path.exists():
-                runs.append(checkpoints_lib.read_json(path, "its result"))
-            elif name in self.failures:
-                runs.append({"seed": seed, "error": self.failures[name], **failed})
-        seconds = [run.pop("seconds") for run in runs if "seconds" in run]
-        return {
-            "name": name,
-            "overrides": self.asked.overrides[name],
-            "config": config_lib.to_dict(self.configs[name]),
-            **dataclasses.asdict(self.costs[name]),
-            "seconds_per_run": float(np.mean(seconds)) if seconds else None,
-            "mfu": budget.utilisation(self.costs[name], float(np.mean(seconds)) if seconds else None),
-            "learning_rate": self._learning_rate(name) if tuning.exists() or not self.compare.learning_rates else None,
-            "tuning": checkpoints_lib.read_json(tuning, "its tuning") if tuning.exists() else [],
-            "runs": runs,
-        }
-
-    def _write(self, results: Mapping[str, Any]) -> None:
-        checkpoints_lib.write_json(self.workdir / "results.json", results)
-
-    def _tuning_file(self, name: str) -> Path:
-        return self.workdir / "tuning" / f"{name}.json"
-
-    def _result_file(self, name: str, seed: int) -> Path:
-        return self.workdir / name / str(seed) / "result.json"
+    def _baselines(self) -> list[dict[str, Any]]:
+        """Kneser-Ney n-grams: in the windows that the arms are evaluated in, and the longest on the whole context."""
+        base, tokens = self.base, self.dataset.validation.tokens[: self.base.eval.max_tokens]
+        made = {}
+        for order in sorted(self.compare.ngram_orders):
+            tables, model = (
+                ngram.fit(self.dataset.train.tokens, order, self.vocab_size),
+                ngram.NGram(order, self.vocab_size),
+            )
+            evaluator = evaluate.Evaluator(model, window=base.eval_window, batch_size=base.eval.batch_size)
+            made[f"{order}-gram"] = evaluator.window_nats(tables, tokens)
+        if made:
+            made[f"{order}-gram, whole context"] = ngram.nats(tables, tokens)
+        return [
+            {
+                "name": name,
+                "loss": float(nats.mean(dtype=np.float64)),
+                "nats": self.ledger.save_nats("baselines", name, nats),
+            }
+            for name, nats in made.items()
+        ]
 
     def _folder(self, run: Run) -> Path:
-        return self.workdir / run.arm / str(run.seed)
-
-
-_ONE_DEVICE = "A comparison trains on one device: leave mesh.data, mesh.fsdp and mesh.tensor at 1."
+        return self.ledger.run_folder(run.arm, run.seed)
 
 
 def _member(config: Config, seed: int, learning_rate: float) -> Config:
@@ -360,14 +270,9 @@ def _names(runs: Iterable[Run]) -> str:
     return names[0] + (f"+{len(names) - 1}" if names[1:] else "")
 
 
-def _refuse_twins(configs: Mapping[str, Config]) -> None:
-    names = list(configs)
-    for i, name in enumerate(names):
-        for other in names[:i]:
-            require(
-                configs[other] != configs[name],
-                f"The arms '{other}' and '{name}' do not differ once the budget is solved: they would be one model.",
-            )
+def _diverged(run: Run, step: int) -> dict[str, Any]:
+    error = f"not finite for {run.config.train.max_skipped_steps} steps in a row, given up at step {step}"
+    return {"status": "diverged", "error": error, "loss": None, "nats": None, "samples": []}
 
 
 def _samples(lm: inference.TextModel) -> list[dict[str, Any]]:
@@ -386,14 +291,8 @@ def _samples(lm: inference.TextModel) -> list[dict[str, Any]]:
     ]
 
 
-def _curve(folder: Path) -> list[list[float]]:
+def _curve(folder: Path) -> list[list[Any]]:
     return [[row["step"], row["eval/loss"]] for row in logs.read_metrics(folder) if "eval/loss" in row]
-
-
-def _write_array(path: Path, values: np.ndarray) -> None:
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, values)
-    temporary.replace(path)
 
 
 def _number(value: float | None) -> str:

@@ -20,7 +20,7 @@ class Ensemble:
     batches, the dropout and the initial weights that it would see alone, so that its results are
     those of a run by itself up to rounding. Members do not touch: one that diverges stands still.
 
-    `at_once` members are vmapped; the program goes through the members in groups of so many.
+    `at_once` members are vmapped; the one program goes through the members in groups of so many.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class Ensemble:
     ):
         """Args: members: (seed, learning rate) of each; at_once: None: what is fast on this device."""
         self.config, self.members = config, tuple(members)
-        self.at_once = min(at_once or default_at_once(config), len(self.members))
+        self.at_once = min(at_once or default_at_once(), len(self.members))
         self.trainer = train.Trainer(model, config, parallel.make_mesh(config.mesh))
         self._rates = jnp.array([rate for _, rate in self.members], jnp.float32)
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -36,13 +36,13 @@ class Ensemble:
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), jax.eval_shape(self._init)
         )
 
-        def one(fresh: Any, count: Any, member: Any) -> Any:
-            state, windows, targets, rate = member
-            return self.trainer._steps(state, windows, fresh, targets, count, rate)
-
         def steps(state: Any, windows: Any, fresh: Any, targets: Any, count: Any, rates: Any) -> Any:
-            each = lambda member: one(fresh, count, member)
-            return jax.lax.map(each, (state, windows, targets, rates), batch_size=self.at_once)
+            def one(member: Any) -> Any:
+                state, windows, targets, rate = member
+                return self.trainer._steps(state, windows, fresh, targets, count, rate)
+
+            group = self.at_once if self.at_once > 1 else None
+            return jax.lax.map(one, (state, windows, targets, rates), batch_size=group)
 
         self._steps = jax.jit(steps, donate_argnums=0)
 
@@ -90,6 +90,9 @@ def member(state: train.State, index: int) -> train.State:
     return jax.tree.map(lambda leaf: leaf[index], state)
 
 
-def default_at_once(config: Config) -> int:
-    """As many as there are, where the device has idle lanes; on the CPU see below."""
-    return 2**30
+def default_at_once() -> int:
+    """All of them on an accelerator, whose lanes a small model leaves idle; one after another on the CPU.
+
+    XLA's CPU backend runs the batched matrix products that vmap makes slower than one after another.
+    """
+    return 1 if jax.default_backend() == "cpu" else 2**30

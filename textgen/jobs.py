@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Shaped
 
 from textgen import checkpoints as checkpoints_lib
 from textgen import data, ensemble, inference, logs, models, train
@@ -50,7 +51,7 @@ class Job:
         *,
         tokenizer: Tokenizer,
         tokens: data.Tokens,
-        held_out: data.Tokens,
+        held_out: Shaped[np.ndarray, "M"],
         at_once: int | None,
     ):
         """Args: folder: for its checkpoints; tokens: to train on; held_out: to evaluate on."""
