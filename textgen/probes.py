@@ -227,13 +227,13 @@ class Probes:
         total = sum(cell.config.train.steps for cell in todo)
         if len(todo) < len(self.cells):
             logs.console.print(f"{len(self.cells) - len(todo)} of {len(self.cells)} probes are finished already")
-        with logs.Overview(max(total, 1), 0) as display:
+        with logs.Overview(float(max(total, 1)), 0.0) as display:
             for cell in todo:
                 last = 0
 
                 def on_step(step: int, loss: float, cell: Cell = cell) -> None:
                     nonlocal last
-                    display.update(cell.name, step / cell.config.train.steps, step - last, f"loss {loss:.3f}")
+                    display.update(cell.name, step / cell.config.train.steps, float(step - last), f"loss {loss:.3f}")
                     last = step
 
                 try:
@@ -253,20 +253,23 @@ class Probes:
     def report(self) -> str:
         """The tables, in Markdown."""
         probes = self.cells[0].probes
-        head = "| task | T | backbone | rate |" + "".join(f" {n} T |" for n in probes.lengths) + " seconds |"
-        rule = "|---|---|---|---|" + "---|" * (len(probes.lengths) + 1)
-        tables: dict[bool, list[str]] = {True: [head, rule], False: [head, rule]}
+        columns = [f"{n} T" for n in probes.lengths]
+        tables = {
+            True: _table("task", "T", "backbone", "rate", *columns, "seconds"),
+            False: _table("task", "entropy rate", "T", "backbone", "rate", *columns, "seconds"),
+        }
         for cell in self.cells:
-            determined, result = tasks.find(cell.task).determined, self.results[cell.name]
-            runs = chosen(result)
-            front = f"| {cell.task} | {cell.config.data.window} | {cell.config.model.backbone} |"
-            if not runs:
-                tables[determined].append(f"{front} {result.get('error', 'diverged at every rate')} |")
-                continue
-            columns = [_score([run["lengths"][str(n)] for run in runs], determined) for n in probes.lengths]
-            tables[determined].append(
-                f"{front} {runs[0]['learning_rate']:g} | " + " | ".join(columns) + f" | {result['seconds']:.0f} |"
-            )
+            task, result = tasks.find(cell.task), self.results[cell.name]
+            rate, runs, front = task.entropy_rate(), chosen(result), [cell.task]
+            if not task.determined:
+                front.append("none" if rate is None else f"{rate:.4f}")
+            front += [str(cell.config.data.window), cell.config.model.backbone]
+            if runs:
+                scores = [_score([run["lengths"][str(n)] for run in runs], task.determined) for n in probes.lengths]
+                rest = [f"{runs[0]['learning_rate']:g}", *scores, f"{result['seconds']:.0f}"]
+            else:
+                rest = [result.get("error", "diverged at every rate")]
+            tables[task.determined].append("| " + " | ".join(front + rest) + " |")
         rates = ", ".join(f"{rate:g}" for rate in probes.learning_rates)
         return "\n".join(
             [
@@ -288,6 +291,11 @@ class Probes:
                 "",
             ]
         )
+
+
+def _table(*names: str) -> list[str]:
+    """The head of a Markdown table."""
+    return ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
 
 
 def _score(scores: list[Mapping[str, float]], determined: bool) -> str:

@@ -94,7 +94,7 @@ def find(name: str) -> Task:
 # ---------------------------------------------------------------------------------------- recall
 
 SYMBOLS = 16  # of copy and selective copy
-KEYS, VALUES = 32, 16  # of associative recall
+KEYS, VALUES = 32, 16  # of associative recall, as tokens of their own
 
 
 def _pick(u: np.ndarray, count: int) -> np.ndarray:
@@ -119,22 +119,19 @@ def _copy(u: np.ndarray) -> Drawn:
 
 
 def _associative_recall(u: np.ndarray) -> Drawn:
-    """T/4 pairs of a key and its value, then the keys in another order, each with its value, which is scored.
+    """Pairs of a key and its value, of T/8 keys at random; a value is scored where its key has come before.
 
-    Multi-query associative recall (Arora et al. 2023).
+    Multi-query associative recall (Arora et al. 2023), with keys and queries mixed.
     """
     rows, size, _ = u.shape
-    pairs = (size - 1) // 4
-    flat = u.reshape(rows, -1)
-    keys = np.argsort(flat[:, :KEYS], 1)[:, :pairs]
-    values = KEYS + _pick(flat[:, KEYS : KEYS + pairs], VALUES)
-    order = np.argsort(flat[:, KEYS + pairs : KEYS + 2 * pairs], 1)
-    first = np.stack([keys, values], 2).reshape(rows, -1)
-    asked = np.stack([np.take_along_axis(a, order, 1) for a in (keys, values)], 2).reshape(rows, -1)
-    end = np.full((rows, size - 4 * pairs), KEYS + VALUES)
-    scored = np.zeros((rows, size - 1), bool)
-    scored[:, 2 * pairs : 4 * pairs : 2] = True
-    return _next_where(np.concatenate([first, asked, end], 1), scored)
+    known = (size - 1) // 8
+    keys = np.argsort(u[..., :2].reshape(rows, -1)[:, :KEYS], 1)[:, :known]
+    values = KEYS + _pick(u[:, :known, 2], VALUES)
+    which = np.repeat(_pick(u[:, ::2, 3], known), 2, 1)[:, :size]  # [N, T+1], of the row's keys
+    value = np.arange(size) % 2 == 1
+    tokens = np.where(value, np.take_along_axis(values, which, 1), np.take_along_axis(keys, which, 1))
+    earlier = np.tril(which[:, :, None] == which[:, None, :], -2).any(2)
+    return _next_where(tokens, (earlier & value)[:, 1:])
 
 
 def _selective_copy(u: np.ndarray) -> Drawn:
@@ -370,7 +367,7 @@ _zero = lambda: 0.0
 
 TASKS = {
     "copy": Task(SYMBOLS + 2, 2, _copy, 4, FAR, _zero),
-    "associative_recall": Task(KEYS + VALUES + 1, 4, _associative_recall, 20, 4 * KEYS, _zero),
+    "associative_recall": Task(KEYS + VALUES, 4, _associative_recall, 16, 8 * KEYS, _zero),
     "selective_copy": Task(SYMBOLS + 2, 2, _selective_copy, 8, FAR, _zero),
     "parity": Task(2, 1, _modular(2), 1, FAR, _zero),
     "modular_counting": Task(5, 1, _modular(5), 1, FAR, _zero),
