@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textgen import models
-from textgen.models import lstm
+from textgen.models import gru, lstm
 from textgen.models.transformer import attend
 
 V = 11
@@ -215,15 +215,33 @@ def plain_recurrence(projected, recurrent, h, c):
     return hidden, last
 
 
+def plain_gru(projected, recurrent, bias, h):
+    def step(h, p):
+        (p_r, p_u, p_n), (q_r, q_u, q_n) = jnp.split(p, 3, -1), jnp.split(h @ recurrent, 3, -1)
+        r, u = jax.nn.sigmoid(p_r + q_r), jax.nn.sigmoid(p_u + q_u)
+        h = u * h + (1 - u) * jnp.tanh(p_n + r * (q_n + bias))
+        return h, h
+
+    last, hidden = jax.lax.scan(step, h, projected)
+    return hidden, last
+
+
 @pytest.mark.parametrize("steps", [1, 9])
-def test_lstm_recurrence_and_its_gradients_equal_the_definition(steps):
+@pytest.mark.parametrize(
+    ("fast", "plain", "shapes"),
+    [
+        (lstm.recurrence, plain_recurrence, [(3, 20), (5, 20), (3, 5), (3, 5)]),
+        (gru.recurrence, plain_gru, [(3, 15), (5, 15), (5,), (3, 5)]),
+    ],
+    ids=["lstm", "gru"],
+)
+def test_a_recurrence_and_its_gradients_equal_the_definition(fast, plain, shapes, steps):
     random = np.random.default_rng(0)
-    shapes = [(steps, 3, 20), (5, 20), (3, 5), (3, 5)]
+    shapes = [(steps, *shapes[0]), *shapes[1:]]
     args = [jnp.asarray(random.standard_normal(s), jnp.float32) for s in shapes]
     total = lambda f: lambda *a: sum(jnp.sum(jnp.sin(x) * (1 + i)) for i, x in enumerate(jax.tree.leaves(f(*a))))
-    jax.tree.map(close, lstm.recurrence(*args), plain_recurrence(*args))
-    expected = jax.grad(total(plain_recurrence), argnums=(0, 1, 2, 3))(*args)
-    got = jax.grad(total(lstm.recurrence), argnums=(0, 1, 2, 3))(*args)
+    jax.tree.map(close, fast(*args), plain(*args))
+    expected, got = (jax.jit(jax.grad(total(f), argnums=(0, 1, 2, 3)))(*args) for f in (plain, fast))
     jax.tree.map(lambda a, b: close(a, b, 1e-4), got, expected)
 
 

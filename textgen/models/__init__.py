@@ -14,11 +14,12 @@ No carry in (a fresh sequence), none out. The contract is tested for every name 
 import jax.numpy as jnp
 
 from textgen.config import Config, did_you_mean, require
+from textgen.models.gru import GRU
 from textgen.models.language_model import LanguageModel
 from textgen.models.lstm import LSTM
 from textgen.models.transformer import Transformer
 
-BACKBONES = {"lstm": LSTM, "transformer": Transformer}
+BACKBONES = {"gru": GRU, "lstm": LSTM, "transformer": Transformer}
 
 __all__ = ["BACKBONES", "LanguageModel", "build"]
 
