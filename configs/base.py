@@ -49,6 +49,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.transformer.positions = "rope"  # rope, learned
     config.model.transformer.rope_base = 10_000.0  # longest wavelength / 2 pi, in tokens
     config.model.transformer.qk_norm = False  # RMS-normalise queries and keys
+    config.model.mingru = ConfigDict()
+    config.model.mingru.feed_forward_width = 512  # F
+    config.model.mingru.activation = "gelu"  # gelu, swiglu, relu2
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw, muon, lion, sgd

@@ -48,6 +48,7 @@ def tiny(overrides=None):
         "model.layers": 1,
         "model.transformer.heads": 4,
         "model.transformer.feed_forward_width": 32,
+        "model.mingru.feed_forward_width": 32,
         "optimizer.warmup_steps": 2,
         "train.steps": 12,
         "train.steps_per_dispatch": 4,

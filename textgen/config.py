@@ -109,6 +109,15 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MinGRUConfig:
+    feed_forward_width: int
+    activation: Literal["gelu", "swiglu", "relu2"]
+
+    def __post_init__(self):
+        _positive(self, "model.mingru", "feed_forward_width")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     backbone: str
     width: int
@@ -120,6 +129,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"]
     remat: bool
     transformer: TransformerConfig
+    mingru: MinGRUConfig
 
     def __post_init__(self):
         _positive(self, "model", "width", "layers", "context")

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig, TransformerConfig
-from textgen.models.layers import Dropout, Linear, Norm
+from textgen.models.layers import Dropout, Linear, Norm, feed_forward, residual_init
 
 
 @flax.struct.dataclass
@@ -130,8 +130,6 @@ class Block(nn.Module):
     def __call__(self, x: Any, positions: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
         o, width = self.options, x.shape[-1]
         bias = self.norm == "layernorm"
-        # What is added to the residual stream begins small, so that its variance does not grow with depth.
-        small = nn.initializers.variance_scaling(1 / (2 * self.layers), "fan_in", "normal")
         linear = lambda features, name, init=Linear.kernel_init: Linear(features, bias, init, self.dtype, name=name)
 
         heads, groups, key_width = o.heads, o.kv_heads or o.heads, width // o.heads
@@ -144,17 +142,12 @@ class Block(nn.Module):
             q, k = rotate(jnp.concatenate([q, k], axis=1), positions, o.rope_base, heads)
         y, memory = attention(q, k, v, positions, past, lengths, self.context)
         y = jnp.swapaxes(y, 1, 2).reshape(x.shape)  # [B, T, D]
-        x = x + Dropout(self.dropout, name="attention_dropout")(linear(width, "out", small)(y), train)
+        x = x + Dropout(self.dropout, name="attention_dropout")(linear(width, "out", residual_init(self.layers))(y), train)
 
-        y = Norm(self.norm, name="feed_forward_norm")(x)
-        if o.activation == "swiglu":
-            gate, y = jnp.split(linear(2 * o.feed_forward_width, "up")(y), 2, -1)
-            y = jax.nn.silu(gate) * y
-        else:
-            y = linear(o.feed_forward_width, "up")(y)
-            y = jax.nn.gelu(y) if o.activation == "gelu" else jnp.square(jax.nn.relu(y))
-        y = linear(width, "down", small)(y)
-        return x + Dropout(self.dropout, name="feed_forward_dropout")(y, train), memory
+        x = feed_forward(
+            x, o.feed_forward_width, o.activation, self.layers, self.norm, self.dropout, self.dtype, train
+        )
+        return x, memory
 
 
 def rotate(
