@@ -113,9 +113,6 @@ class MinGRUConfig:
     feed_forward_width: int
     activation: Literal["gelu", "swiglu", "relu2"]
 
-    def __post_init__(self):
-        _positive(self, "model.mingru", "feed_forward_width")
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -133,14 +130,20 @@ class ModelConfig:
 
     def __post_init__(self):
         _positive(self, "model", "width", "layers", "context")
+        _positive(self.mingru, "model.mingru", "feed_forward_width")
         _within(self, "model", 0, 1, "dropout")
-        if self.backbone == "transformer":
+        if "transformer" in self.groups:
             heads = self.transformer.heads
             require(self.width % heads == 0, f"model.transformer.heads={heads} must divide model.width={self.width}.")
             require(
                 self.transformer.positions != "rope" or self.width // heads % 2 == 0,
                 f"RoPE turns pairs: model.width / heads must be even, got {self.width} / {heads}.",
             )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of keys that the backbone reads."""
+        return ("transformer",) if self.backbone == "hybrid" else (self.backbone,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -272,7 +275,7 @@ class Config:
             self.data.order == "shuffled" or self.train.accumulation == 1,
             "data.order='stream' carries each row's state from step to step; it goes with train.accumulation=1.",
         )
-        learned = self.model.backbone == "transformer" and self.model.transformer.positions == "learned"
+        learned = "transformer" in self.model.groups and self.model.transformer.positions == "learned"
         if learned:
             context = self.context
             require(
@@ -383,7 +386,7 @@ def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
     for key in overrides:
         group = key.split(".")[1] if key.startswith("model.") and key.count(".") == 2 else None
         require(
-            group is None or group == config.model.backbone,
+            group is None or group in config.model.groups,
             f"--config.{key} belongs to the {group}, and model.backbone is '{config.model.backbone}'.",
         )
 

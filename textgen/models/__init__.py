@@ -15,12 +15,13 @@ import jax.numpy as jnp
 
 from textgen.config import Config, did_you_mean, require
 from textgen.models.gru import GRU
+from textgen.models.hybrid import Hybrid
 from textgen.models.language_model import LanguageModel
 from textgen.models.lstm import LSTM
 from textgen.models.mingru import MinGRU
 from textgen.models.transformer import Transformer
 
-BACKBONES = {"gru": GRU, "lstm": LSTM, "mingru": MinGRU, "transformer": Transformer}
+BACKBONES = {"gru": GRU, "hybrid": Hybrid, "lstm": LSTM, "mingru": MinGRU, "transformer": Transformer}
 
 __all__ = ["BACKBONES", "LanguageModel", "build"]
 

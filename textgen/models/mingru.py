@@ -61,8 +61,7 @@ class MinGRU(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """Of a forward pass's matrix products; `length` makes no difference."""
         del length
-        up_and_down = 3 if self.activation == "swiglu" else 2
-        return 2.0 * self.layers * self.width * (3 * self.width + up_and_down * self.feed_forward_width)
+        return self.layers * block_flops(self.width, self.feed_forward_width, self.activation)
 
     @nn.compact
     def __call__(
@@ -90,6 +89,11 @@ class MinGRU(nn.Module):
 def empty_state(rows: int, width: int) -> State:
     """What a block holds before the first token."""
     return jnp.zeros((rows, width), jnp.float32), jnp.zeros((rows, TAPS - 1, width), jnp.float32)
+
+
+def block_flops(width: int, feed_forward_width: int, activation: str) -> float:
+    """Of the matrix products of one block, forward, per token."""
+    return 2.0 * width * (3 * width + (3 if activation == "swiglu" else 2) * feed_forward_width)
 
 
 class Block(nn.Module):
