@@ -21,7 +21,7 @@ def get_config(arg: str = "transformer"):
     config.optimizer.adam_learning_rate = 1e-2
     config.optimizer.final_fraction = 0.02
     config.model.backbone = arg
-    if arg == "lstm":
+    if arg in ("lstm", "gru"):
         config.model.width = 256
         config.model.layers = 2
         config.model.dropout = 0.05
@@ -37,6 +37,7 @@ def get_config(arg: str = "transformer"):
         config.model.layers = 4
         config.model.transformer.activation = "relu2"
         config.model.transformer.qk_norm = True
+        config.model.mingru.activation = "relu2"
         config.data.batch_size = 24
         config.optimizer.learning_rate = 1e-2
         config.train.steps = 1350

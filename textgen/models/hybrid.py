@@ -12,13 +12,13 @@ from textgen.models.transformer import Carry, Transformer
 class Hybrid(Transformer):
     """The backbone: a Transformer in which minGRU blocks stand for some of its own.
 
-    The last block and every third one before it attend, to the last `context` tokens; the others
+    Every third block attends, to the last `context` tokens, and so does the last; the others
     recur. In the carry's memory a recurrent block has its State.
     """
 
     def attends(self, i: int) -> bool:
         """Whether block i is one of attention."""
-        return (self.layers - 1 - i) % 3 == 0
+        return i % 3 == 2 or i == self.layers - 1
 
     def init_carry(self, batch_size: int, max_length: int) -> Carry:
         """An empty past with room for `max_length` tokens, or for the context where that is less."""
