@@ -80,9 +80,9 @@ def test_arms_that_cannot_be_compared_are_refused(overrides, compare, message):
 
 
 def test_an_override_that_no_config_has_is_refused():
-    with pytest.raises(UserError, match="Arm 'b': unknown config key 'model.widht'. Did you mean 'model.width'"):
+    with pytest.raises(UserError, match=r"Arm 'b': unknown config key 'model.widht'. Did you mean 'model.width'"):
         source(arm_overrides={"a": {}, "b": {"model.widht": 3}})
-    with pytest.raises(UserError, match="unknown config key 'model.widht'. Did you mean 'model.width'"):
+    with pytest.raises(UserError, match=r"unknown config key 'model.widht'. Did you mean 'model.width'"):
         arms.overlay(tiny(), {"model.widht": 3})
     with pytest.raises(UserError, match="no section 'compare'"):
         arms.from_dict(base.get_config())

@@ -193,7 +193,7 @@ def test_arms_that_differ_in_the_rate_alone_are_one_program(text, tmp_path, monk
 
 def test_a_folder_of_another_comparison_is_refused(done, text, tmp_path):
     folder, _ = done
-    with pytest.raises(UserError, match="another comparison: compare.rule.block was 32, is 64; train.steps was 12, is"):
+    with pytest.raises(UserError, match=r"another comparison: compare.rule.block was 32, is 64; train.steps was 12"):
         compare.Session(asked(text, {"compare.rule.block": 64, "train.steps": 24}), folder)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
