@@ -157,7 +157,7 @@ def test_a_tie_says_how_many_more_seeds():
     v = say(0.01, 0.02)
     assert v.outcome == "unresolved"
     assert "Not resolved: the loss of lstm was lower than that of transformer by 0.010 \u00b1 0.0" in v.text
-    more = int(v.text.split("about ")[1].split(" more seeds")[0])
+    more = int(v.text.split("about ")[1].split(" more seed")[0])
     # With as many more seeds of the same spread it is settled, and with one fewer it is not.
     settled = say(0.01, 0.02 * spread_of(3) / spread_of(3 + more), seeds=3 + more)
     assert settled.outcome == "better"
