@@ -23,8 +23,7 @@ from textgen.config import Config, UserError, require
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second launch starts at once."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "textgen" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(data.cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
