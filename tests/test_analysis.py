@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
+from conftest import noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import noisy_params, tiny
 from textgen import analysis, dynamic, inference, models, tokenizers
 
 

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from comparisons import made_up
+from conftest import tiny
 
-from tests.comparisons import made_up
-from tests.conftest import tiny
 from textgen import dynamic, pages, report
 from textgen.config import UserError
 from textgen.results import Results

@@ -5,17 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.signal import lfilter
+from comparisons import wave
 
 from textgen import statistics
 from textgen.config import UserError
-
-
-def wave(random, shape, sd, length=30):
-    """Normal noise, alike over `length` neighbours on the last axis."""
-    keep = math.exp(-1 / length)
-    noise = random.standard_normal(shape, dtype=np.float32) * np.float32(sd * math.sqrt(1 - keep**2))
-    return lfilter([1], [1, -keep], noise, axis=-1)
 
 
 def nats_of_a_tie(random, seeds, tokens, *, text=0.15, seed=0.006, mixed=0.15):
