@@ -2,16 +2,30 @@
 
 import json
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from comparisons import made_up
+from conftest import tiny
 
-from tests.comparisons import made_up
-from textgen import report
+from textgen import dynamic, pages, report
 from textgen.config import UserError
 from textgen.results import Results
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "col"}
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Figures take seconds: they are left out, but where a test asks for `drawn`."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr(pages, "figure", lambda draw, **_: "<figure></figure>")
+
+
+@pytest.fixture
+def drawn():
+    """The figures are drawn."""
 
 
 class Checker(HTMLParser):
@@ -58,7 +72,7 @@ def both(folder):
     return "".join(checker.words), (folder / "report.md").read_text(encoding="utf-8")
 
 
-def test_a_clear_win_with_every_number(tmp_path):
+def test_a_clear_win_with_every_number(tmp_path, drawn):
     folder = made_up(tmp_path / "duel", {"transformer": 1.50, "lstm": 1.40})
     page, markdown = both(folder)
     results = Results(folder)
@@ -125,7 +139,7 @@ def test_a_diverged_run_is_told(tmp_path):
         assert "3 seeds of a and 2 of b" in text or "2 seeds of b and 3 of a" in text
 
 
-def test_an_arm_that_failed_and_three_that_did_not(tmp_path):
+def test_an_arm_that_failed_and_three_that_did_not(tmp_path, drawn):
     folder = made_up(tmp_path / "four", {"a": 1.50, "b": 1.40, "c": 1.45, "d": None})
     page, markdown = both(folder)
     assert "b is better than c" in page
@@ -137,12 +151,12 @@ def test_an_arm_that_failed_and_three_that_did_not(tmp_path):
     assert "99.17 % each" in markdown
 
 
-def test_nothing_finished(tmp_path):
+def test_nothing_finished(tmp_path, drawn):
     page, _ = both(made_up(tmp_path / "none", {"a": None, "b": None}, baseline=False))
     assert "No comparison: a and b has no finished run." in page
 
 
-def test_one_seed_is_no_verdict(tmp_path):
+def test_one_seed_is_no_verdict(tmp_path, drawn):
     page, _ = both(made_up(tmp_path / "duel", {"a": 1.50, "b": 1.30}, seeds=1))
     assert "Not resolved" in page
     assert "Two seeds or more are needed" in page
@@ -166,7 +180,7 @@ def test_the_corpus_may_be_gone(tmp_path):
     page, _ = both(folder)
     assert "could not be read again" in page
     assert "Position in the window" in page
-    assert "The same text under both" not in page
+    assert "The same text under" not in page
 
 
 def test_the_report_is_the_same_when_written_again(tmp_path):
@@ -182,3 +196,22 @@ def test_what_is_no_comparison(tmp_path):
     (folder / "nats/a/1.npy").unlink()
     with pytest.raises(UserError, match=r"1\.npy.*missing or damaged"):
         report.write(folder)
+
+
+def test_dynamic_losses_are_made_once_for_every_finished_run(tmp_path, monkeypatch):
+    folder = made_up(tmp_path / "duel", {"a": 1.50, "b": (1.40, "diverged")}, seeds=2)
+    loaded = []
+
+    def load(run):
+        loaded.append(run.relative_to(folder).as_posix())
+        config = tiny({"corpus.path": str(folder / "text.txt")})
+        return SimpleNamespace(config=config, tokenizer=None)
+
+    monkeypatch.setattr(dynamic.inference, "load", load)
+    monkeypatch.setattr(dynamic, "chosen", lambda lm, tokens, history: (np.full(len(tokens) - 1, 1.25), [0.0, 1e-4]))
+    dynamic.add(folder)
+    dynamic.add(folder)
+    assert loaded == ["a/0", "a/1", "b/0"]
+    _, markdown = both(folder)
+    assert "| a, learning as it reads | dynamic evaluation | 1.2500 | 0.249" in markdown
+    assert "| b, learning as it reads | dynamic evaluation | 1.2500 | 0.148" in markdown

@@ -41,7 +41,7 @@ WHERE = {
     ),
     "frequency": (
         "Frequency of the token",
-        "times that the training text has it",
+        "times that the training text has it, at least",
         "By how often the training text has the token that came.",
     ),
     "repetition": (
@@ -57,6 +57,11 @@ def where(document: Document, results: Results) -> None:
     if not results.finished:
         return
     document.heading("Where they differ")
+    document.text(
+        f"Each interval below stands by itself, at {results.record['rule']['confidence'] * 100:.3g} %: of many, a few "
+        "leave out zero by chance. A pattern means more than a point.",
+        "note",
+    )
     leader, others = results.finished[0], results.finished[1:]
     groups = results.groups()
     for key, found in groups.items():
@@ -106,7 +111,7 @@ def shaded(document: Document, results: Results) -> None:
         return pages.shaded(pieces, gap[here], top=top, two_sided=True, tips=tips)
 
     document.only_html(
-        "<h3>The same text under both</h3>",
+        f"<h3>The same text under {html.escape(a.name)} and {html.escape(b.name)}</h3>",
         pages.paragraph(
             f"Validation text, shaded by who predicts each token better, mean over the seeds. Point at a token for its "
             f"nats. The full shade is {top:.2f} nats.",

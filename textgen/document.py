@@ -36,6 +36,11 @@ class Document:
         self.html += parts
 
 
+def listed(names: Sequence[str], word: str = "and") -> str:
+    """ "a, b and c"."""
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "\u2013"

@@ -167,7 +167,7 @@ def groups(
         left.set_title("loss, nats per token")
         right.set_title(f"loss less that of {leader}; above the line: worse")
         for axes in (left, right):
-            axes.set_xticks(places, labels, rotation=40 if sum(map(len, labels)) > 36 else 0)
+            axes.set_xticks(places, labels, fontsize=8)
             axes.set_xlabel(axis)
         left.legend()
 

@@ -270,7 +270,8 @@ def _advice(d: Difference, smallest: float) -> str:
     for seeds in range(now + 1, MOST_SEEDS):
         arms = (dataclasses.replace(arm, seeds=seeds) for arm in (d.a, d.b))
         if _half_width(d.text, d.blocks, *arms, d.confidence) < target:
-            return f"If the difference stays as it is, about {seeds - now} more seeds of each arm would settle it."
+            more = f"{seeds - now} more seed{'s' * (seeds - now > 1)}"
+            return f"If the difference stays as it is, about {more} of each arm would settle it."
     return f"More than {MOST_SEEDS} seeds would be needed: take more validation text, or call it a tie."
 
 
