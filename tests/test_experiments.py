@@ -102,6 +102,8 @@ def test_train_interrupt_resume_sample_evaluate(folder):
         pytest.param("sample", [], "Give the run's folder: --workdir=DIR", marks=pytest.mark.slow),
         pytest.param("sample", ["--replay=/absent"], "There is no file '/absent'", marks=pytest.mark.slow),
         pytest.param("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
+        ("compare", ["--sweep=model.widht=4,8"], "unknown config key 'model.widht'. Did you mean 'model.width'?"),
+        pytest.param("compare", [], "The config has no section 'compare'", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, name, flags, message):

@@ -6,8 +6,9 @@
 
 The house, from the ground up; a module imports only lower layers:
 
-    0  border       mappings into frozen dataclasses, refusals that help
-       config       the strict border: ConfigDict -> frozen dataclasses
+    0  errors       what a user can mend, in one line
+       schema       every key of a config: type, choice, relation
+       config       the strict border: ConfigDict -> those dataclasses
        plays        Shakespeare's plays from a package
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress
@@ -23,6 +24,7 @@ The house, from the ground up; a module imports only lower layers:
        optimizers   config -> optax
        parallel     the mesh, and where every array lives
        arms         what a comparison compares
+       tasks        texts whose best predictor is known
     2  checkpoints  a run's folder
        evaluate     how well a text is predicted
        budget       what a run costs; widths and steps that make costs equal
@@ -34,9 +36,10 @@ The house, from the ground up; a module imports only lower layers:
        dynamic      a model that learns from the text it is judged on
        results      a comparison's results, and what follows from them
        figures      of its report
-    5  details      the report's later sections
-       jobs         runs trained together, to the end
+    5  jobs         runs trained together, to the end
        ledger       a comparison's folder
+       details      the report's later sections
+       probes       every backbone on every task
     6  report       report.html and report.md of a comparison
     7  compare      arms, budgets, tuning, seeds, report
 
