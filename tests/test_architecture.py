@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "plays", "tokenizers", "logs"},
-    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
+    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"}
+    | {"decoders", "decoding", "speculative"},
     {"checkpoints", "evaluate"},
     {"train", "inference"},
     {"run"},
@@ -16,6 +17,8 @@ LAYERS = [
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
 BESIDE = {("plays", "config"), ("tokenizers", "config"), ("data", "corpora"), ("generate", "sampling")}
+BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}
+BESIDE |= {("decoding", "decoders"), ("speculative", "decoding")}
 
 
 def imports(path):
@@ -55,7 +58,7 @@ def test_only_the_rooms_that_should_know_a_library_do():
             if name.startswith("ml_collections"):
                 assert room in {"config", "run"}, f"{path.name} imports ml_collections"
             assert not name.startswith(("configs", "experiments", "tensorflow")), f"{path.name} imports {name}"
-    for room in ("sampling", "generate"):
+    for room in ("sampling", "generate", "decoders", "decoding"):
         assert not any(n.startswith("textgen.models") for n in imports(ROOT / "textgen" / f"{room}.py"))
 
 

@@ -97,7 +97,7 @@ class Generator:
                 uniforms = jax.vmap(lambda k, p: jax.random.uniform(jax.random.fold_in(k, p)))
                 token = draw(drawn, uniforms(state.keys, state.position))
                 state = State(carry, token, state.position + 1, state.keys)
-                return state, _observe(token, logits, drawn)
+                return state, observe(token, logits, drawn)
 
             state, generated = jax.lax.scan(body, state, length=steps)
             return state, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), generated)
@@ -178,7 +178,7 @@ def bucket(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _observe(token: Any, logits: Any, drawn: Any) -> Generated:
+def observe(token: Any, logits: Any, drawn: Any) -> Generated:
     """What one step tells: a Generated of [B]."""
     model, ours = jax.nn.log_softmax(logits), jax.nn.log_softmax(drawn)
     at = lambda x: jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
