@@ -4,7 +4,6 @@ Each is a few pure functions over the K texts that it follows for every prompt; 
 them is in textgen/decoding.py. Where texts can end, an ended one has a single continuation, itself.
 """
 
-import ast
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Integer
 
-from textgen.config import UserError, did_you_mean, require
+from textgen.config import require
 from textgen.generate import observe
-from textgen.sampling import draw
+from textgen.sampling import draw, parse_calls
 
 
 @flax.struct.dataclass
@@ -61,9 +60,13 @@ class Step:
     made: Any
     end: Any
 
-    def extend(self, texts: Texts, parent: Any, token: Any) -> Texts:
-        """Text j becomes text parent[j] with token[j] after it; both [B, K]. No parent: text j itself."""
-        old, logits, drawn, log_q = take((texts, self.logits, self.drawn, self.log_q), parent)
+    def total(self, texts: Texts, token: Any) -> Any:
+        """[B, K] each text's log-probability with its token [B, K] after it."""
+        return texts.total + jnp.take_along_axis(self.log_q, token[..., None], -1)[..., 0]
+
+    def extend(self, texts: Texts, parent: Any, token: Any, total: Any) -> Texts:
+        """Text j becomes text parent[j] with token[j] after it; all [B, K]. No parent: text j itself."""
+        old, logits, drawn = take((texts, self.logits, self.drawn), parent)
         flat = lambda x: x.reshape(-1, x.shape[-1])
         new = observe(token.reshape(-1), flat(logits), flat(drawn))
         new = jax.tree.map(lambda leaf: jnp.where(old.ended, 0, leaf.reshape(token.shape)), new).replace(tokens=token)
@@ -71,7 +74,7 @@ class Step:
             seen=jax.tree.map(lambda room, leaf: room.at[..., self.made].set(leaf), old.seen, new),
             lengths=old.lengths + ~old.ended,
             ended=old.ended if self.end is None else old.ended | (token == self.end),
-            total=old.total + jnp.take_along_axis(log_q, token[..., None], -1)[..., 0],
+            total=total,
         )
 
 
@@ -80,7 +83,7 @@ class Decoder:
     """A way to choose texts: pure functions over K texts of each of B prompts, and its numbers.
 
         init(texts, keys [B]) -> memory
-        choose(memory, texts, step, *numbers) -> (parent [B, K] | None, token [B, K], memory)
+        choose(memory, texts, step, *numbers) -> (parent [B, K] | None, token [B, K], total [B, K], memory)
         rank(memory, texts, *numbers) -> texts with a score, the best first
 
     Attributes:
@@ -107,7 +110,7 @@ class Decoder:
         return f"{self.name}({', '.join([str(self.width), *(f'{float(n):g}' for n in self.numbers)])})"
 
 
-def beam(width: int, alpha: float = 0.0) -> Decoder:
+def beam(width: int, alpha: float | int = 0.0) -> Decoder:
     """The likeliest texts, as far as a search sees that keeps the best `width` of each length.
 
     The score of a text Y is log p(Y) / ((5 + |Y|) / 6)^alpha (Wu et al. 2016), so alpha matters
@@ -135,15 +138,16 @@ def _best(finished: Texts, others: Texts) -> Texts:
     return take(both, jax.lax.top_k(both.score, others.score.shape[1])[1])
 
 
-def _beam(finished: Texts, texts: Texts, step: Step, alpha: Any) -> tuple[Any, Any, Texts]:
+def _beam(finished: Texts, texts: Texts, step: Step, alpha: Any) -> tuple[Any, Any, Any, Texts]:
     rows, width, vocabulary = step.log_q.shape
     log_q = step.log_q
     if step.end is not None:
-        ending = step.extend(texts, None, jnp.full((rows, width), step.end, jnp.int32))
+        token = jnp.full((rows, width), step.end, jnp.int32)
+        ending = step.extend(texts, None, token, step.total(texts, token))
         finished = _best(finished, _normalised(ending, alpha))
         log_q = jnp.where(jnp.arange(vocabulary) == step.end, -jnp.inf, log_q)
-    _, best = jax.lax.top_k((texts.total[..., None] + log_q).reshape(rows, -1), width)
-    return best // vocabulary, best % vocabulary, finished
+    total, best = jax.lax.top_k((texts.total[..., None] + log_q).reshape(rows, -1), width)
+    return best // vocabulary, best % vocabulary, total, finished
 
 
 def _rank_beam(finished: Texts, texts: Texts, alpha: Any) -> Texts:
@@ -171,7 +175,7 @@ def _first_noise(texts: Texts, keys: Any) -> tuple[Any, Any]:
     return texts.total + noise, jnp.full(keys.shape, -jnp.inf)
 
 
-def _stochastic_beam(memory: Any, texts: Texts, step: Step) -> tuple[Any, Any, Any]:
+def _stochastic_beam(memory: Any, texts: Texts, step: Step) -> tuple[Any, Any, Any, Any]:
     perturbed, left_out = memory
     rows, width, vocabulary = step.log_q.shape
     draws = jax.vmap(lambda k, p: jax.random.gumbel(jax.random.fold_in(k, p), (width, vocabulary), mode="high"))
@@ -182,8 +186,9 @@ def _stochastic_beam(memory: Any, texts: Texts, step: Step) -> tuple[Any, Any, A
     scores, best = jax.lax.top_k(children, width + 1)
     # What is left out now is as high as the highest text that it leads to.
     left_out = jnp.maximum(left_out, scores[:, -1])
-    best = best[:, :-1]
-    return best // vocabulary, best % vocabulary, (scores[:, :-1], left_out)
+    best = jnp.minimum(best[:, :-1], width * vocabulary - 1)  # the padding counts as the last, which does not exist
+    total = jnp.where(jnp.isneginf(scores[:, :-1]), -jnp.inf, jnp.take_along_axis(log_p.reshape(rows, -1), best, 1))
+    return best // vocabulary, best % vocabulary, total, (scores[:, :-1], left_out)
 
 
 def conditioned(noisy: Float[jax.Array, "*B V"], maximum: Float[jax.Array, "*B 1"]) -> Float[jax.Array, "*B V"]:
@@ -226,11 +231,12 @@ def _codes(texts: Texts, keys: Any) -> Any:
     return jnp.minimum((jnp.arange(n) + jax.vmap(jax.random.uniform)(keys)[:, None]) / n, 1 - 2.0**-24)
 
 
-def _arithmetic(codes: Any, texts: Texts, step: Step) -> tuple[None, Any, Any]:
+def _arithmetic(codes: Any, texts: Texts, step: Step) -> tuple[None, Any, Any, Any]:
     fresh = uniforms(row_keys(step.keys, codes.shape[1]), step.position)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    token, codes_left = decode_symbol(flat(step.log_q), flat(codes), flat(fresh))
-    return None, token.reshape(codes.shape), codes_left.reshape(codes.shape)
+    token, left = decode_symbol(flat(step.log_q), flat(codes), flat(fresh))
+    token = token.reshape(codes.shape)
+    return None, token, step.total(texts, token), left.reshape(codes.shape)
 
 
 def decode_symbol(
@@ -275,10 +281,11 @@ def _sample_keys(texts: Texts, keys: Any) -> Any:
     return row_keys(keys, texts.total.shape[1])
 
 
-def _sample(keys: Any, texts: Texts, step: Step) -> tuple[None, Any, Any]:
+def _sample(keys: Any, texts: Texts, step: Step) -> tuple[None, Any, Any, Any]:
     rows, width, vocabulary = step.log_q.shape
     token = draw(step.drawn.reshape(-1, vocabulary), uniforms(keys, step.position).reshape(-1)).reshape(rows, width)
-    return None, token if step.end is None else jnp.where(texts.ended, step.end, token), keys
+    token = token if step.end is None else jnp.where(texts.ended, step.end, token)
+    return None, token, step.total(texts, token), keys
 
 
 def _rank_likely(keys: Any, texts: Texts) -> Texts:
@@ -304,21 +311,9 @@ def parse(text: str) -> Decoder:
     Raises:
       UserError: no such decoder, an impossible number, or not the form name(number, ...).
     """
-    form = f"A decoder is written like 'beam(8, alpha=0.6)', got '{text}'."
-    try:
-        call = ast.parse(text, mode="eval").body
-    except SyntaxError:
-        raise UserError(form) from None
-    require(isinstance(call, ast.Call) and isinstance(call.func, ast.Name), form)
-    name = call.func.id
-    require(name in DECODERS, f"Unknown decoder '{name}'.{did_you_mean(name, DECODERS)}")
-    try:
-        arguments = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
-        return DECODERS[name](*map(ast.literal_eval, call.args), **arguments)
-    except UserError:
-        raise
-    except (TypeError, ValueError):
-        raise UserError(f"'{text}' has arguments that {name} does not take.") from None
+    made = parse_calls(text, DECODERS, "decoder", "beam(8, alpha=0.6)")
+    require(len(made) == 1, f"Give one decoder, such as 'beam(8, alpha=0.6)', got '{text}'.")
+    return made[0]
 
 
 def take(tree: Any, index: Any) -> Any:

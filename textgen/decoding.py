@@ -18,7 +18,7 @@ from jaxtyping import Integer
 from textgen.config import require
 from textgen.decoders import Decoder, Step, Texts, row_keys, uniforms
 from textgen.generate import bucket, observe
-from textgen.sampling import Chain
+from textgen.sampling import Chain, Moment
 
 
 @flax.struct.dataclass
@@ -40,25 +40,6 @@ class Decoded:
     log_weight: Any
 
 
-class Moment:  # UNTIL MERGE
-    def __init__(self, made, uniform):
-        self.made, self.uniform = made, uniform
-
-
-jax.tree_util.register_pytree_node(Moment, lambda m: ((m.made, m.uniform), None), lambda _, x: Moment(*x))
-
-
-class _Shim:  # UNTIL MERGE
-    def __init__(self, chain):
-        self.chain = chain
-
-    def init(self, *a):
-        return ()
-
-    def step(self, logits, states, moment):
-        return self.chain(logits), lambda token: ()
-
-
 class Decoding:
     """Compiled decoding for one step function; compiles once for each decoder's name and width."""
 
@@ -73,10 +54,9 @@ class Decoding:
             rows, width = len(prompts), decoder.width
             carry, last = prefill(step, params, init_carry(rows, capacity), prompts, lengths)
             shape = jax.eval_shape(lambda: step(params, last[:, None], carry, None)[0])
-            memories = _Shim(transform).init(prompts, lengths, shape.shape[-1], prompts.shape[1] + room)
+            memories = transform.init(prompts, lengths, shape.shape[-1], prompts.shape[1] + room)
             carry, memories, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, width, 0), (carry, memories, last))
             transform = jax.tree.map(lambda n: jnp.repeat(n, width) if np.ndim(n) == 1 else n, transform)
-            transform = _Shim(transform)
             texts = _no_texts(rows, decoder, room, shape, end)
             samples = row_keys(jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys), width)
 
@@ -89,8 +69,8 @@ class Decoding:
                 by_prompt = lambda x: x.reshape(rows, width, -1)
                 now = Step(by_prompt(logits), by_prompt(drawn), None, keys, lengths + made, made, end)
                 now = now.replace(log_q=_log_q(now, texts))
-                parent, token, memory = decoder.choose(memory, texts, now, *decoder.numbers)
-                texts, last = now.extend(texts, parent, token), token.reshape(-1)
+                parent, token, total, memory = decoder.choose(memory, texts, now, *decoder.numbers)
+                texts, last = now.extend(texts, parent, token, total), token.reshape(-1)
                 if parent is not None:
                     source = (jnp.arange(rows)[:, None] * width + parent).reshape(-1)
                     carry, logits, memories, moment = jax.tree.map(
