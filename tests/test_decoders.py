@@ -285,20 +285,20 @@ def test_a_code_never_runs_out():
 
 def test_the_best_of_n_is_the_best_of_the_samples_that_sampling_makes():
     params, n = table(5), 7
-    chain = CHAINS[1]
+    chain = sampling.chain(sampling.temperature(0.7), sampling.xtc(0.1, 0.5))
     samples = SAMPLE(params, [PROMPT], generate.row_keys(11, n), chain, length=9, num_samples=n)
     best = np.argmax(samples.log_probability.mean(1))
     made = decode(decoders.best_of(n), params, chain=chain, seeds=(11,), length=9)
     np.testing.assert_array_equal(made.seen.tokens[0], samples.tokens[best])
     assert made.score[0] == pytest.approx(samples.log_probability.mean(1)[best], rel=1e-5)
     judged = decode(
-        decoders.best_of(n, judge=lambda tokens, lengths: tokens[:, -1] - 10 * tokens[:, 0]),
+        decoders.best_of(n, judge=lambda tokens, lengths: tokens @ 3 ** np.arange(9)),
         params,
         chain=chain,
         seeds=(11,),
         length=9,
     )
-    scores = samples.tokens[:, -1] - 10 * samples.tokens[:, 0]
+    scores = samples.tokens @ 3 ** np.arange(9)
     np.testing.assert_array_equal(judged.seen.tokens[0], samples.tokens[np.argmax(scores)])
     assert judged.score[0] == scores.max()
 
@@ -365,5 +365,5 @@ def test_bad_decoders_are_refused(text, message):
 def test_bad_requests_are_refused(prompts, length, message):
     with pytest.raises(UserError, match=message):
         decode(ALL[0], table(), prompts=prompts, length=length)
-    with pytest.raises(UserError, match="take 5 tokens of 4 positions"):
+    with pytest.raises(UserError, match="take 6 tokens of 4 positions"):
         decoding.Decoding(step, first, max_positions=4)(table(), [PROMPT], keys(0), PLAIN, ALL[0], length=4)

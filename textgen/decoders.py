@@ -46,6 +46,7 @@ class Step:
     Attributes:
       logits, drawn: [B, K, V] the model's, and the transformed ones.
       log_q: [B, K, V] log-probabilities of `drawn`; of an ended text, 0 for the end token alone.
+      uniform: [B, K] a random number for each text.
       keys: [B] each prompt's random key.
       position: [B] tokens before the one to be chosen, the prompt's included.
       made: [] new tokens so far.
@@ -55,6 +56,7 @@ class Step:
     logits: Any
     drawn: Any
     log_q: Any
+    uniform: Any
     keys: Any
     position: Any
     made: Any
@@ -232,9 +234,8 @@ def _codes(texts: Texts, keys: Any) -> Any:
 
 
 def _arithmetic(codes: Any, texts: Texts, step: Step) -> tuple[None, Any, Any, Any]:
-    fresh = uniforms(row_keys(step.keys, codes.shape[1]), step.position)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
-    token, left = decode_symbol(flat(step.log_q), flat(codes), flat(fresh))
+    token, left = decode_symbol(flat(step.log_q), flat(codes), flat(step.uniform))
     token = token.reshape(codes.shape)
     return None, token, step.total(texts, token), left.reshape(codes.shape)
 
@@ -274,21 +275,20 @@ def best_of(n: int, judge: Callable[..., Any] | None = None) -> Decoder:
       UserError: n below 1.
     """
     _check_width("best_of", n)
-    return Decoder((), "best_of", n, 1, True, _sample_keys, _sample, _rank_likely, judge)
+    return Decoder((), "best_of", n, 1, True, _nothing, _sample, _rank_likely, judge)
 
 
-def _sample_keys(texts: Texts, keys: Any) -> Any:
-    return row_keys(keys, texts.total.shape[1])
+def _nothing(texts: Texts, keys: Any) -> None:
+    """No memory."""
 
 
-def _sample(keys: Any, texts: Texts, step: Step) -> tuple[None, Any, Any, Any]:
-    rows, width, vocabulary = step.log_q.shape
-    token = draw(step.drawn.reshape(-1, vocabulary), uniforms(keys, step.position).reshape(-1)).reshape(rows, width)
+def _sample(memory: None, texts: Texts, step: Step) -> tuple[None, Any, Any, None]:
+    token = draw(step.drawn.reshape(-1, step.drawn.shape[-1]), step.uniform.reshape(-1)).reshape(step.uniform.shape)
     token = token if step.end is None else jnp.where(texts.ended, step.end, token)
-    return None, token, step.total(texts, token), keys
+    return None, token, step.total(texts, token), None
 
 
-def _rank_likely(keys: Any, texts: Texts) -> Texts:
+def _rank_likely(memory: None, texts: Texts) -> Texts:
     texts = texts.replace(score=_mean_log_probability(texts))
     return take(texts, jnp.argsort(-texts.score, axis=1))
 
@@ -322,17 +322,6 @@ def take(tree: Any, index: Any) -> Any:
         return tree
     along = lambda leaf: jnp.take_along_axis(leaf, index.reshape(index.shape + (1,) * (leaf.ndim - 2)), axis=1)
     return jax.tree.map(along, tree)
-
-
-def row_keys(keys: Any, n: int) -> Any:
-    """[B, n] keys of a prompt's texts."""
-    return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)))(keys)
-
-
-def uniforms(keys: Any, position: Any) -> Float[jax.Array, "B K"]:
-    """One number in [0, 1) for each of the keys [B, K], at position [B]."""
-    one = lambda key, p: jax.random.uniform(jax.random.fold_in(key, p))
-    return jax.vmap(lambda row, p: jax.vmap(lambda key: one(key, p))(row))(keys, position)
 
 
 def _check_width(name: str, width: Any) -> None:

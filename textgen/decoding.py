@@ -16,8 +16,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from textgen.config import require
-from textgen.decoders import Decoder, Step, Texts, row_keys, uniforms
-from textgen.generate import bucket, observe
+from textgen.decoders import Decoder, Step, Texts
+from textgen.generate import bucket, observe, pad, uniforms
 from textgen.sampling import Chain, Moment
 
 
@@ -50,37 +50,35 @@ class Decoding:
         """
         self.max_positions = max_positions
 
-        def run(params, prompts, lengths, keys, transform, decoder, length, end, *, room, capacity):
+        def run(params, prompts, lengths, keys, chain, decoder, length, end, *, room, capacity):
             rows, width = len(prompts), decoder.width
-            carry, last = prefill(step, params, init_carry(rows, capacity), prompts, lengths)
-            shape = jax.eval_shape(lambda: step(params, last[:, None], carry, None)[0])
-            memories = transform.init(prompts, lengths, shape.shape[-1], prompts.shape[1] + room)
-            carry, memories, last = jax.tree.map(lambda leaf: jnp.repeat(leaf, width, 0), (carry, memories, last))
-            transform = jax.tree.map(lambda n: jnp.repeat(n, width) if np.ndim(n) == 1 else n, transform)
-            texts = _no_texts(rows, decoder, room, shape, end)
-            samples = row_keys(jax.vmap(lambda k: jax.random.fold_in(k, 1))(keys), width)
+            logits, carry = step(params, prompts, init_carry(rows, capacity), lengths)
+            memories = chain.init(prompts, lengths, logits.shape[-1], prompts.shape[1] + room)
+            each = lambda leaf: jnp.repeat(leaf, width, axis=0)
+            carry, logits, memories = jax.tree.map(each, (carry, logits, memories))
+            chain = jax.tree.map(lambda number: each(number) if np.ndim(number) == 1 else number, chain)
+            positions, samples = each(lengths), _sample_keys(keys, width)
+            texts = _no_texts(rows, decoder, room, logits, end)
 
             def body(state):
-                made, carry, last, memories, texts, memory = state
-                logits, carry = step(params, last[:, None], carry, None)
-                chance = uniforms(samples, lengths + made).reshape(-1)
-                moment = Moment(jnp.broadcast_to(made, chance.shape), chance)
-                drawn, _ = transform.step(logits, memories, moment)
-                by_prompt = lambda x: x.reshape(rows, width, -1)
-                now = Step(by_prompt(logits), by_prompt(drawn), None, keys, lengths + made, made, end)
-                now = now.replace(log_q=_log_q(now, texts))
+                made, carry, logits, memories, texts, memory = state
+                uniform, more = uniforms(samples, positions + made)
+                moment = Moment(jnp.full(rows * width, made), more)
+                drawn, commit = chain.step(logits, memories, moment)
+                seen = [x.reshape(rows, width, -1) for x in (logits, drawn)]
+                log_q = _log_q(seen[1], texts, end)
+                now = Step(*seen, log_q, uniform.reshape(rows, width), keys, lengths + made, made, end)
                 parent, token, total, memory = decoder.choose(memory, texts, now, *decoder.numbers)
-                texts, last = now.extend(texts, parent, token, total), token.reshape(-1)
+                texts, token = now.extend(texts, parent, token, total), token.reshape(-1)
                 if parent is not None:
                     source = (jnp.arange(rows)[:, None] * width + parent).reshape(-1)
-                    carry, logits, memories, moment = jax.tree.map(
-                        lambda leaf: jnp.take(leaf, source, axis=0), (carry, logits, memories, moment)
-                    )
-                # Chosen from its parent's memory, hence once more; without memories XLA leaves it out.
-                _, commit = transform.step(logits, memories, moment)
-                return made + 1, carry, last, commit(last), texts, memory
+                    pick = lambda leaf: jnp.take(leaf, source, axis=0)
+                    carry, logits, memories, moment = jax.tree.map(pick, (carry, logits, memories, moment))
+                    _, commit = chain.step(logits, memories, moment)  # again, as its parent's memory
+                logits, carry = step(params, token[:, None], carry, None)
+                return made + 1, carry, logits, commit(token), texts, memory
 
-            state = (jnp.int32(0), carry, last, memories, texts, decoder.init(texts, keys))
+            state = (jnp.int32(0), carry, logits, memories, texts, decoder.init(texts, keys))
             more = lambda state: (state[0] < length) & ~jnp.all(state[4].ended)
             *_, texts, memory = jax.lax.while_loop(more, body, state)
             return decoder.rank(memory, texts, *decoder.numbers)
@@ -92,7 +90,7 @@ class Decoding:
         params: Any,
         prompts: Sequence[Integer[np.ndarray, "_"]],
         keys: Any,
-        transform: Chain,
+        chain: Chain,
         decoder: Decoder,
         *,
         length: int,
@@ -105,7 +103,7 @@ class Decoding:
           keys: [len(prompts)]; a prompt's texts depend on its key alone. Text i is drawn with
             fold_in(key, i), so that from jax.random.key(seed) the samples of best_of are those of
             generate.row_keys(seed, n).
-          transform: its numbers scalar, or [len(prompts)].
+          chain: its numbers scalar, or [len(prompts)].
           length: the most new tokens of a text.
           end: the token that ends a text. None: all texts have `length` tokens.
 
@@ -113,8 +111,10 @@ class Decoding:
           UserError: no or an empty prompt, a length below 1, or a text past the model's positions.
         """
         require(length >= 1, f"length must be 1 or more, got {length}.")
+        require(len(prompts) > 0, "Give at least one prompt.")
+        require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
         padded, lengths = pad(prompts)
-        longest = int(lengths.max()) + length - 1
+        longest = int(lengths.max()) + length
         require(
             self.max_positions is None or longest <= self.max_positions,
             f"{decoder.name} compares whole texts, and prompt and length take {longest} tokens of "
@@ -125,7 +125,7 @@ class Decoding:
             padded,
             lengths,
             keys,
-            transform,
+            chain,
             decoder.replace(judge=None),
             np.int32(length),
             None if end is None else np.int32(end),
@@ -143,26 +143,9 @@ class Decoding:
         return Decoded(seen, kept.lengths, kept.score, kept.log_weight)
 
 
-def pad(prompts: Sequence[Integer[np.ndarray, "_"]]) -> tuple[Integer[np.ndarray, "B T"], Integer[np.ndarray, "B"]]:
-    """(ids, lengths), padded to a bucket so that another prompt length seldom compiles.
-
-    Raises:
-      UserError: no prompt, or an empty one.
-    """
-    require(len(prompts) > 0, "Give at least one prompt.")
-    require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
-    lengths = np.array([len(p) for p in prompts], np.int32)
-    padded = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return padded, lengths
-
-
-def prefill(step: Callable, params: Any, carry: Any, prompts: Any, lengths: Any) -> tuple[Any, Any]:
-    """The carry after all but each prompt's last token, and that token [B], which the next step reads."""
-    last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-    _, carry = step(params, prompts, carry, lengths - 1)
-    return carry, last
+def _sample_keys(keys: Any, n: int) -> Any:
+    """[B * n] keys: those of each prompt's texts."""
+    return jax.vmap(lambda key: jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(n)))(keys).reshape(-1)
 
 
 def _no_texts(rows: int, decoder: Decoder, room: int, logits: Any, end: Any) -> Texts:
@@ -175,9 +158,9 @@ def _no_texts(rows: int, decoder: Decoder, room: int, logits: Any, end: Any) -> 
     return Texts(seen, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool), total, jnp.zeros(shape))
 
 
-def _log_q(now: Step, texts: Texts) -> Any:
-    log_q = jax.nn.log_softmax(now.drawn)
-    if now.end is None:
+def _log_q(drawn: Any, texts: Texts, end: Any) -> Any:
+    log_q = jax.nn.log_softmax(drawn)
+    if end is None:
         return log_q
-    itself = jnp.where(jnp.arange(log_q.shape[-1]) == now.end, 0.0, -jnp.inf)
+    itself = jnp.where(jnp.arange(log_q.shape[-1]) == end, 0.0, -jnp.inf)
     return jnp.where(texts.ended[..., None], itself, log_q)
