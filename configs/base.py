@@ -38,6 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.dropout = 0.0  # fraction dropped
     config.model.norm = "rmsnorm"  # rmsnorm, layernorm
     config.model.tie_embedding = False  # the head is the embedding's transpose
+    config.model.predict_ahead = 0  # later tokens that extra heads learn to predict, for speculation
     config.model.context = placeholder(int)  # tokens that attention sees; None: data.window
     config.model.compute_dtype = "float32"  # float32, bfloat16; parameters stay float32
     config.model.remat = False  # recompute activations in the backward pass: less memory, more time

@@ -116,6 +116,7 @@ class ModelConfig:
     dropout: float
     norm: Literal["rmsnorm", "layernorm"]
     tie_embedding: bool
+    predict_ahead: int
     context: int | None
     compute_dtype: Literal["float32", "bfloat16"]
     remat: bool
@@ -124,6 +125,7 @@ class ModelConfig:
     def __post_init__(self):
         _positive(self, "model", "width", "layers", "context")
         _within(self, "model", 0, 1, "dropout")
+        require(self.predict_ahead >= 0, f"model.predict_ahead must be 0 or more, got {self.predict_ahead}.")
         if self.backbone == "transformer":
             heads = self.transformer.heads
             require(self.width % heads == 0, f"model.transformer.heads={heads} must divide model.width={self.width}.")
@@ -261,6 +263,10 @@ class Config:
         require(
             self.data.order == "shuffled" or self.train.accumulation == 1,
             "data.order='stream' carries each row's state from step to step; it goes with train.accumulation=1.",
+        )
+        require(
+            self.model.predict_ahead < self.data.window,
+            f"model.predict_ahead={self.model.predict_ahead} must be below data.window={self.data.window}.",
         )
         learned = self.model.backbone == "transformer" and self.model.transformer.positions == "learned"
         if learned:

@@ -18,7 +18,7 @@ from textgen import optimizers, parallel
 from textgen.config import Config
 from textgen.data import Batches
 from textgen.models import LanguageModel
-from textgen.objectives import next_token_nats
+from textgen.objectives import ahead_nats, next_token_nats
 
 
 @flax.struct.dataclass
@@ -162,20 +162,26 @@ class Trainer:
         """(summed nats, their count, gradient of the sum, new carry), micro-batch by micro-batch."""
 
         def loss(params: Any, window: Any, carry: Any, key: Any) -> tuple[Any, Any]:
-            logits, carry = self.model.apply(
-                {"params": params}, window[:, :-1], carry, train=True, rngs={"dropout": key}
+            logits, y, carry = self.model.apply(
+                {"params": params}, window[:, :-1], carry, train=True, rngs={"dropout": key}, method="score"
             )
-            return jnp.sum(next_token_nats(logits, window[:, 1:])), carry
+            nats = jnp.sum(next_token_nats(logits, window[:, 1:]))
+            if not self.config.model.predict_ahead:
+                return nats, (nats, carry)
+            return nats + ahead_nats(self.model.apply({"params": params}, y, method="ahead"), window[:, 1:]), (
+                nats,
+                carry,
+            )
 
         gradient = jax.value_and_grad(loss, has_aux=True)
         tokens = jnp.float32(window[:, 1:].size)
         parts = self.config.train.accumulation
         if parts == 1:
-            (nats, carry), gradients = gradient(params, window, carry, key)
+            (_, (nats, carry)), gradients = gradient(params, window, carry, key)
             return nats, tokens, gradients, carry
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            (nats, _), gradients = gradient(params, part[0], None, part[1])
+            (_, (nats, _)), gradients = gradient(params, part[0], None, part[1])
             return jax.tree.map(jnp.add, total, (nats, gradients)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))

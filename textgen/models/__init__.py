@@ -39,5 +39,6 @@ def build(config: Config, vocab_size: int) -> LanguageModel:
         width=model.width,
         norm=model.norm,
         tie_embedding=model.tie_embedding,
+        predict_ahead=model.predict_ahead,
         dtype=jnp.dtype(model.compute_dtype),
     )
