@@ -43,7 +43,7 @@ def test_every_key_of_base_has_a_comment():
     assert all("#" in line for line in bare)
 
 
-@pytest.mark.parametrize("name", [c for c in CONFIGS if c != "base"])
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in {"base", "ngram"}])
 def test_every_config_file_builds_a_model_for_every_backbone(name):
     module = importlib.import_module(f"configs.{name}")
     for arg in models.BACKBONES:
