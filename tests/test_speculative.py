@@ -13,6 +13,7 @@ from test_train import TOKENS, trainer_of
 
 from textgen import generate, models, objectives, sampling, speculative
 from textgen.config import UserError
+from textgen.models import ngram
 
 V = 4
 PLAIN = sampling.chain()
@@ -141,6 +142,7 @@ KINDS = {
     "lstm": ("lstm", {}, "model"),
     "transformer": ("transformer", {}, "model"),
     "window": ("transformer", {"model.context": 6}, "model"),
+    "ngram": ("transformer", {"model.context": 20}, "ngram"),
     "transformer-heads": ("transformer", {"model.predict_ahead": 3}, "heads"),
     "lstm-heads": ("lstm", {"model.predict_ahead": 2}, "heads"),
 }
@@ -154,12 +156,20 @@ def build(kind):
     other = models.build(tiny({"model.backbone": "lstm", "model.width": 8}), 7)
     apply = lambda model, method: lambda params, *a: model.apply({"params": params}, *a, method=method)
     proposer = speculative.model_draft(apply(other, "next_token"), other.init_carry, 3)
+    if draft == "ngram":
+        other = models.NGram(3, 7)
+        proposer = speculative.model_draft(apply(other, "next_token"), other.init_carry, 4)
     if draft == "heads":
         proposer, other = speculative.heads_draft(apply(model, "ahead"), 2), model
     speculator = speculative.Speculator(apply(model, "score"), model.init_carry, proposer, model.max_positions)
     generator = generate.Generator(apply(model, "next_token"), model.init_carry, model.max_positions)
     params = noisy_params(model)
-    return speculator, generator, params, params if draft == "heads" else noisy_params(other, 1), model
+    draft_params = {
+        "heads": lambda: params,
+        "ngram": lambda: ngram.fit(prompts_of([200])[0], 3, 7),
+        "model": lambda: noisy_params(other, 1),
+    }[draft]()
+    return speculator, generator, params, draft_params, model
 
 
 def prompts_of(lengths, seed=0):
@@ -235,6 +245,9 @@ def test_bad_requests_are_refused(prompts, options, message):
         MARKOV[1](table(2, 0), table(1, 1), prompts, generate.row_keys(0, 1), PLAIN, **({"length": 2} | options))
     with pytest.raises(UserError, match="gamma=0"):
         speculative.model_draft(step, first, 0)
+    for heads in (-1, 16):
+        with pytest.raises(UserError, match=f"model.predict_ahead.*{heads}"):
+            tiny({"model.predict_ahead": heads})
     short = speculative.Speculator(score, first, speculative.model_draft(step, first, 3), max_positions=6)
     with pytest.raises(UserError, match="reads up to 7 tokens"):
         short(table(2, 0), table(1, 1), [PROMPT], generate.row_keys(0, 1), PLAIN, length=2)

@@ -9,9 +9,9 @@ model's distribution, whatever the draft is (Leviathan et al. 2023; Chen et al. 
 
 Nothing here knows a model. A scoring function gives the logits after every token,
 
-    score(params, tokens [B, T], carry, lengths [B]) -> (logits [B, T, V], features [B, T, D], carry)
+    score(params, tokens [B, T], carry, lengths [B] | None) -> (logits [B, T, V], features [B, T, D], carry)
 
-with what the model's own heads for later tokens would read; None where there are none.
+and the features that the model's own heads for later tokens read; None where there are none.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,14 +38,14 @@ class Speculated:
       accepted: [B] proposed tokens that were kept.
     """
 
-    generated: Generated
+    generated: Any
     calls: Any
     accepted: Any
 
     @property
     def tokens_per_call(self) -> float:
         """New tokens for one call of the model, over all rows."""
-        return float((self.accepted + self.calls).sum() / self.calls.sum())
+        return float(self.generated.tokens.size / self.calls.sum())
 
 
 @flax.struct.dataclass
@@ -105,7 +105,7 @@ def heads_draft(ahead: Callable, gamma: int) -> Draft:
       gamma: at most P. The draft's parameters are the model's.
 
     Raises:
-      UserError: gamma below 1.
+      UserError: gamma below 1; when called, gamma above P.
     """
     _check_gamma(gamma)
 
@@ -113,7 +113,12 @@ def heads_draft(ahead: Callable, gamma: int) -> Draft:
         return features
 
     def propose(params, features, token, chain, uniforms):
-        drawn = _each_position(chain, ahead(params, features)[:, :gamma])
+        logits = ahead(params, features)
+        heads = logits.shape[1]
+        require(
+            heads >= gamma, f"The model has {heads} heads for later tokens (model.predict_ahead), got gamma={gamma}."
+        )
+        drawn = _each_position(chain, logits[:, :gamma])
         tokens = draw(drawn.reshape(-1, drawn.shape[-1]), uniforms.reshape(-1))
         return tokens.reshape(uniforms.shape), drawn
 
@@ -158,8 +163,9 @@ class Speculator:
     ):
         """
         Args:
-          score: as above; once for all tokens (lengths None), and once more with those that were
-            kept, for the carry. Where a backbone computes both alike, XLA computes it once.
+          score: as above. It is called for all proposed tokens, and again with the lengths that
+            were kept, for the carry; where lengths change the carry alone, as in the Transformer,
+            XLA finds that both are one computation. An LSTM runs twice.
           init_carry, max_positions: as in generate.Generator.
           draft: from `model_draft` or `heads_draft`.
         """
