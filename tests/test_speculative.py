@@ -246,8 +246,8 @@ def test_bad_requests_are_refused(prompts, options, message):
     with pytest.raises(UserError, match="gamma=0"):
         speculative.model_draft(step, first, 0)
     for heads in (-1, 16):
-        with pytest.raises(UserError, match=f"model.predict_ahead.*{heads}"):
-            tiny({"model.predict_ahead": heads})
+        with pytest.raises(UserError, match=f"model.predict_ahead must lie in .* got {heads} of 16"):
+            models.build(tiny({"model.predict_ahead": heads}), 7)
     short = speculative.Speculator(score, first, speculative.model_draft(step, first, 3), max_positions=6)
     with pytest.raises(UserError, match="reads up to 7 tokens"):
         short(table(2, 0), table(1, 1), [PROMPT], generate.row_keys(0, 1), PLAIN, length=2)

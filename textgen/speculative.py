@@ -116,7 +116,7 @@ def heads_draft(ahead: Callable, gamma: int) -> Draft:
         logits = ahead(params, features)
         heads = logits.shape[1]
         require(
-            heads >= gamma, f"The model has {heads} heads for later tokens (model.predict_ahead), got gamma={gamma}."
+            heads >= gamma, f"The model has {heads} heads for later tokens (predict_ahead), got gamma={gamma}."
         )
         drawn = _each_position(chain, logits[:, :gamma])
         tokens = draw(drawn.reshape(-1, drawn.shape[-1]), uniforms.reshape(-1))

@@ -30,7 +30,7 @@ def build(config: Config, vocab_size: int) -> Model:
     """The language model that a config describes.
 
     Raises:
-      UserError: no architecture has that name.
+      UserError: no architecture has that name, or heads for tokens beyond the window.
     """
     model = config.model
     if model.backbone == "ngram":
@@ -39,6 +39,8 @@ def build(config: Config, vocab_size: int) -> Model:
         model.backbone in BACKBONES,
         f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, [*BACKBONES, 'ngram'])}",
     )
+    ahead, window = model.predict_ahead, config.data.window
+    require(0 <= ahead < window, f"model.predict_ahead must lie in [0, data.window), got {ahead} of {window}.")
     return LanguageModel(
         backbone=BACKBONES[model.backbone].from_config(model, config.context),
         vocab_size=vocab_size,
