@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
+    {"errors"},
+    {"schema"},
     {"config", "plays", "tokenizers", "logs"},
     {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"}
     | {"decoders", "decoding", "speculative"},

@@ -115,9 +115,7 @@ def heads_draft(ahead: Callable, gamma: int) -> Draft:
     def propose(params, features, token, chain, uniforms):
         logits = ahead(params, features)
         heads = logits.shape[1]
-        require(
-            heads >= gamma, f"The model has {heads} heads for later tokens (predict_ahead), got gamma={gamma}."
-        )
+        require(heads >= gamma, f"The model has {heads} heads for later tokens (predict_ahead), got gamma={gamma}.")
         drawn = _each_position(chain, logits[:, :gamma])
         tokens = draw(drawn.reshape(-1, drawn.shape[-1]), uniforms.reshape(-1))
         return tokens.reshape(uniforms.shape), drawn
