@@ -212,6 +212,17 @@ def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(kind):
     np.testing.assert_allclose(told, np.asarray(log_p)[np.arange(18), together.generated.tokens[0]], atol=1e-4)
 
 
+def test_in_the_transformer_lengths_change_the_carry_alone():
+    """So that scoring all proposed tokens and reading the kept ones is one computation."""
+    model = models.build(tiny({"model.layers": 2}), 7)
+    params, tokens = noisy_params(model), np.stack(prompts_of([5, 5]))
+    apply = jax.jit(lambda tokens, carry, lengths: model.apply({"params": params}, tokens, carry, lengths))
+    _, carry = apply(tokens, model.init_carry(2, 16), np.array([3, 5]))
+    whole, _ = apply(tokens, carry, None)
+    ragged, _ = apply(tokens, carry, np.array([1, 4]))
+    np.testing.assert_array_equal(whole, ragged)
+
+
 def test_samples_of_a_prompt_share_its_prefill_and_equal_separate_prompts():
     speculator, _, params, draft_params, _ = build("transformer")
     prompts, keys = prompts_of([4, 2]), generate.row_keys(1, 4)
