@@ -9,18 +9,26 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"schema"},
-    {"config", "plays", "tokenizers", "logs"},
-    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"}
-    | {"decoders", "decoding", "speculative"},
-    {"checkpoints", "evaluate", "samples"},
-    {"train", "inference"},
-    {"run"},
+    {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
+    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
+    | {"arms", "tasks", "decoders", "decoding", "speculative"},
+    {"checkpoints", "evaluate", "samples", "budget"},
+    {"train", "inference", "document"},
+    {"run", "ensemble", "dynamic", "results", "figures"},
+    {"jobs", "ledger", "probes", "details"},
+    {"report"},
+    {"compare"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
-BESIDE = {("plays", "config"), ("tokenizers", "config"), ("data", "corpora"), ("generate", "sampling")}
-BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}
-BESIDE |= {("decoding", "decoders")}
+BESIDE = {
+    ("plays", "config"),
+    ("tokenizers", "config"),
+    ("data", "corpora"),
+    ("generate", "sampling"),
+    ("decoding", "decoders"),
+    *((room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")),
+}
 
 
 def imports(path):

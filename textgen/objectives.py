@@ -13,7 +13,13 @@ def next_token_nats(logits: Float[Array, "*N V"], targets: Integer[Array, "*N"])
 
 
 def ahead_nats(logits: Float[Array, "B T P V"], targets: Integer[Array, "B T"]) -> Float[Array, ""]:
-    """-ln p of later tokens, the mean over the heads summed over the text: head i at t predicts targets[t + i + 1]."""
-    heads = range(logits.shape[2])
-    means = [jnp.mean(next_token_nats(logits[:, : -i - 1, i], targets[:, i + 1 :])) for i in heads]
-    return sum(means) / len(means) * targets.size
+    """-ln p of later tokens, summed over the text, the mean of the heads: head i at t predicts targets[t + i + 1].
+
+    Targets below 0 are left out.
+    """
+    total = jnp.float32(0)
+    for i in range(logits.shape[2]):
+        later = targets[:, i + 1 :]
+        nats = next_token_nats(logits[:, : -i - 1, i], jnp.maximum(later, 0))
+        total += jnp.sum(jnp.where(later >= 0, nats, 0))
+    return total / logits.shape[2]
