@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import BACKBONES, noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textgen import decoders, decoding, generate, sampling
+from textgen import decoders, decoding, generate, models, sampling
 from textgen.config import UserError
 
 V = 3  # tokens of the chain
@@ -314,6 +315,24 @@ def test_the_best_of_n_has_the_law_of_a_maximum():
         below -= p[text]
         count = sum(t == text for t in texts)
         assert abs(count - draws * chance) <= 5 * np.sqrt(draws * chance * (1 - chance)) + 1
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_backbone_follows_many_texts(name):
+    model = models.build(tiny({"model.backbone": name, "model.layers": 2}), 7)
+    params = noisy_params(model)
+    next_token = lambda p, *a: model.apply({"params": p}, *a, method="next_token")
+    prompts = [np.array(p, np.int32) for p in ([3], [5, 1, 6, 2])]
+    run = decoding.Decoding(next_token, model.init_carry, model.max_positions)
+    made = run(params, prompts, keys(0, 1), CHAINS[1], decoders.stochastic_beam(3), length=16)
+    texts = np.zeros((6, 20), np.int32)  # after the prompt, the new tokens; then nothing that matters
+    for row, prompt, tokens in zip(texts, [p for p in prompts for _ in range(3)], made.seen.tokens, strict=True):
+        row[: len(prompt) + 16] = [*prompt, *tokens]
+    log_p = jax.nn.log_softmax(jax.jit(lambda p, x: model.apply({"params": p}, x)[0])(params, texts))
+    for i, n in enumerate([1] * 3 + [4] * 3):
+        wanted = np.asarray(log_p)[i, n - 1 + np.arange(16), made.seen.tokens[i]]
+        np.testing.assert_allclose(made.seen.log_probability[i], wanted, atol=1e-4)
+    assert len(set(shown(made)[:3])) == len(set(shown(made)[3:])) == 3
 
 
 def test_no_prompt_length_seed_or_number_compiles_again():

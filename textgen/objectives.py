@@ -42,12 +42,9 @@ def total_nats(
 
 
 def ahead_nats(score: Callable[..., Any], y: Float[Array, "B T P D"], targets: Integer[Array, "B T"]) -> Any:
-    """What predicting later tokens costs: the mean nats of the heads, times the predictions of the next token.
+    """The nats of later tokens, summed over the text and averaged over the heads.
 
-    Head i reads y[:, t, i] and predicts targets[:, t + i + 1].
+    Head i reads y[:, t, i] and predicts targets[:, t + i + 1]. `score` is `total_nats` with a head.
     """
-    means = []
-    for i in range(y.shape[2]):
-        wanted = targets[:, i + 1 :]
-        means.append(score(y[:, : -i - 1, i], wanted) / jnp.maximum(jnp.sum(wanted >= 0), 1))
-    return sum(means) / len(means) * jnp.sum(targets >= 0)
+    heads = range(y.shape[2])
+    return sum(score(y[:, : -i - 1, i], targets[:, i + 1 :]) for i in heads) / len(heads)

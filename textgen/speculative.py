@@ -5,9 +5,9 @@ probability min(1, p / q), where p and q are the transformed distributions of th
 draft. The first that is not kept is drawn anew from what p has above q. What comes out has the
 model's distribution, whatever the draft is (Leviathan et al. 2023; Chen et al. 2023).
 
-    Speculator(score, init_carry, model_draft(step, init_carry))(params, draft_params, prompts, keys, chain, length=200)
+    speculator(model, draft)(params, draft_params, prompts, keys, chain, length=200)
 
-Nothing here knows a model. A scoring function gives the logits after every token,
+The model is known by what it can do. A scoring function gives the logits after every token,
 
     score(params, tokens [B, T], carry, lengths [B] | None) -> (logits [B, T, V], features [B, T, D], carry)
 
@@ -245,6 +245,28 @@ class Speculator:
         )
         made = jax.tree.map(np.asarray, made)
         return made.replace(generated=jax.tree.map(lambda leaf: leaf[:, :length], made.generated))
+
+
+def speculator(model: Any, draft: Any = None, *, gamma: int) -> Speculator:
+    """The Speculator of a LanguageModel.
+
+    Args:
+      draft: a LanguageModel or NGram with the same tokens. None: the model's own heads, learned
+        with model.predict_ahead; the draft's parameters are then the model's.
+      gamma: tokens proposed at a time; of heads, at most as many as there are.
+
+    Raises:
+      UserError: gamma below 1.
+    """
+
+    def method(model: Any, name: str) -> Callable:
+        return lambda params, *inputs: model.apply({"params": params}, *inputs, method=name)
+
+    if draft is None:
+        proposer = heads_draft(method(model, "ahead"), gamma)
+    else:
+        proposer = model_draft(method(draft, "next_token"), draft.init_carry, gamma)
+    return Speculator(method(model, "score"), model.init_carry, proposer, model.max_positions)
 
 
 def _round(score, draft, params, draft_params, keys, lengths, chain, draft_chain, length, room, state):
