@@ -14,7 +14,7 @@ LAYERS = [
     | {"arms", "tasks", "decoders", "decoding", "speculative"},
     {"checkpoints", "evaluate", "samples", "budget"},
     {"train", "inference", "document"},
-    {"run", "ensemble", "dynamic", "results", "figures"},
+    {"run", "assess", "ensemble", "dynamic", "results", "figures"},
     {"jobs", "ledger", "probes", "details"},
     {"report"},
     {"compare"},
@@ -27,6 +27,7 @@ BESIDE = {
     ("data", "corpora"),
     ("generate", "sampling"),
     ("decoding", "decoders"),
+    ("run", "assess"),
 }
 BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}
 
