@@ -214,7 +214,7 @@ def test_attention_equals_a_loop_over_tokens(rows, steps, context, heads, seed):
     q = random.standard_normal((rows, h, steps, 4)).astype(np.float32)
     k, v = random.standard_normal((2, rows, g, steps, 4)).astype(np.float32)
     positions = np.arange(steps, dtype=np.int32)[None]
-    got = np.asarray(jax.jit(attend, static_argnums=5)(q, k, v, positions, positions, context))
+    got = np.asarray(jax.jit(attend, static_argnums=3)(q, [(k, v, positions)], positions, context))
     for b in range(rows):
         for head in range(h):
             for t in range(steps):
