@@ -88,12 +88,12 @@ class Generator:
             return jax.tree.map(lambda leaf: jnp.take(leaf, copies, axis=0), (carry, logits))
 
         def decode(params, state, keys, chain, guidance, *, steps):
-            def body(state, _):
+            def body(state, chance):
                 model = mixed = state.logits
                 if guidance is not None:
                     model, other = jnp.split(state.logits, 2)
                     mixed = other + column(guidance) * (model - other)
-                uniform, more = _uniforms(keys, state.position)
+                uniform, more = chance
                 drawn, commit = chain.step(mixed, state.memory, Moment(state.made, more))
                 token = draw(drawn, uniform)
                 read = token if guidance is None else jnp.concatenate([token, token])
@@ -101,7 +101,9 @@ class Generator:
                 new = State(carry, logits, commit(token), state.position + 1, state.made + 1)
                 return new, _observe(token, model, drawn)
 
-            state, generated = jax.lax.scan(body, state, length=steps)
+            # All random numbers at once: made one by one they would cost as much as a small model.
+            positions = state.position + jnp.arange(steps)[:, None]
+            state, generated = jax.lax.scan(body, state, jax.vmap(_uniforms, (None, 0))(keys, positions))
             return state, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), generated)
 
         self._prefill = jax.jit(prefill, static_argnames="capacity")
