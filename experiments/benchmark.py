@@ -221,11 +221,11 @@ def launch_alone(side: str) -> tuple[float, float]:
         "ours": "from textgen import run; run.use_compilation_cache(); benchmark.training(benchmark.SMALL, 1)()",
         "PyTorch eager": "from experiments import peers; peers.training(benchmark.SMALL, 1)()",
     }[side]
-    body = f"import resource; from experiments import benchmark; {body}; "
-    body += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # Linux hands ru_maxrss on from the parent: the peak of this process alone stands in /proc.
+    body = f"from experiments import benchmark; {body}; print(open('/proc/self/status').read())"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True)
-    return time.perf_counter() - began, int(done.stdout.split()[-1]) / 1024
+    return time.perf_counter() - began, int(re.search(r"VmHWM:\s*(\d+) kB", done.stdout)[1]) / 1024
 
 
 def compare_launches() -> list[dict[str, Any]]:
