@@ -23,8 +23,9 @@ from textgen.models.layers import Dropout, Linear, Norm, feed_forward, residual_
 class Carry:
     """The past of each row: a ring of the last S keys and values of every layer.
 
-    All rows write the same slot, so a step is one slice update and no scatter. A ragged call
-    shifts each row to end at the same slot; from then on the rows agree.
+    All rows write the same slot, so a step is one slice update and no scatter. A longer call lays
+    the ring out anew, so that every row ends where the longest does; from then on the rows agree.
+    Until the ring is full, what is free lies behind.
 
     Attributes:
       memory: for each layer (keys [B, G, S, K], values [B, G, S, K]).
@@ -112,11 +113,10 @@ class Transformer(nn.Module):
             memory.append(kept)
         if carry is None:
             return x, None
-        # One token goes to the next slot; a longer call lays the ring out anew from slot 0.
+        position = carry.position + (steps if lengths is None else lengths)
         one = steps == 1 and lengths is None
-        taken = jnp.full_like(carry.position, steps) if lengths is None else lengths
-        written = carry.written + 1 if one else jnp.zeros_like(carry.written)
-        return x, Carry(tuple(memory), carry.position + taken, written)
+        written = carry.written + 1 if one else jnp.broadcast_to(jnp.max(position), position.shape)
+        return x, Carry(tuple(memory), position, written)
 
 
 class Block(nn.Module):
@@ -200,8 +200,9 @@ def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, c
     taken = jnp.full_like(position, steps) if lengths is None else lengths
     real = jnp.where(jnp.arange(steps) < taken[:, None], positions, -1)
     y = attend(q, [old, (k, v, real)], positions, context)
-    # The last S tokens of each row, oldest first: slot s of the new ring.
-    order = taken[:, None] + ring  # [B, S], into old tokens oldest first, then new ones
+    # The last S tokens of each row in the slots that a step by step would have given the longest row's.
+    age = (jnp.max(position + taken) - 1 - ring) % slots  # 0: the last of these tokens
+    order = slots + taken[:, None] - 1 - age  # [B, S], into old tokens oldest first, then new ones
     order = jnp.where(order < slots, (written[0] + order) % slots, order)[:, None, :, None]
     join = lambda ring, new: jnp.take_along_axis(jnp.concatenate([ring, new], axis=2), order, axis=2)
     return y, (join(keys, k), join(values, v))
