@@ -100,11 +100,11 @@ class Generator:
                 read = token if guidance is None else jnp.concatenate([token, token])
                 logits, carry = step(params, read[:, None], state.carry, None)
                 new = State(carry, logits, commit(token), state.position + 1, state.made + 1)
-                return new, _observe(token, model, drawn)
+                return new, observe(token, model, drawn)
 
             # All random numbers at once: made one by one they would cost as much as a small model.
             positions = state.position + jnp.arange(steps)[:, None]
-            state, generated = jax.lax.scan(body, state, jax.vmap(_uniforms, (None, 0))(keys, positions))
+            state, generated = jax.lax.scan(body, state, jax.vmap(uniforms, (None, 0))(keys, positions))
             return state, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), generated)
 
         def grow(carry, *, capacity):
@@ -214,14 +214,14 @@ def bucket(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _uniforms(keys: Any, position: Any) -> tuple[Any, Any]:
+def uniforms(keys: Any, position: Any) -> tuple[Any, Any]:
     """Each row's random numbers for a position: [B] for the draw, [B] for what else the chain leaves to chance."""
     here = jax.vmap(jax.random.fold_in)(keys, position)
     uniform = jax.vmap(jax.random.uniform)
     return uniform(here), uniform(jax.vmap(jax.random.fold_in, (0, None))(here, 1))
 
 
-def _observe(token: Any, logits: Any, drawn: Any) -> Generated:
+def observe(token: Any, logits: Any, drawn: Any) -> Generated:
     """What one step tells: a Generated of [B]."""
     model, ours = jax.nn.log_softmax(logits), jax.nn.log_softmax(drawn)
     at = lambda x: jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]

@@ -198,8 +198,7 @@ def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, c
         write = lambda ring, new: jax.lax.dynamic_update_slice_in_dim(ring, new, slot, axis=2)
         return y, (write(keys, k), write(values, v))
     taken = jnp.full_like(position, steps) if lengths is None else lengths
-    real = jnp.where(jnp.arange(steps) < taken[:, None], positions, -1)
-    y = attend(q, [old, (k, v, real)], positions, context)
+    y = attend(q, [old, (k, v, positions)], positions, context)
     # The last S tokens of each row in the slots that a step by step would have given the longest row's.
     age = (jnp.max(position + taken) - 1 - ring) % slots  # 0: the last of these tokens
     order = slots + taken[:, None] - 1 - age  # [B, S], into old tokens oldest first, then new ones
