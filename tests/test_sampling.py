@@ -243,7 +243,7 @@ def test_a_chain_is_written_and_read():
         ("temperature()", "arguments that temperature does not take"),
         ("temperature(0.8", "A sampler is written like"),
         ("temperature", "A sampler is written like"),
-        ("__import__('os')", "Unknown sampler transformation"),
+        ("__import__('os')", "Unknown sampler"),
     ],
 )
 def test_what_is_wrong_with_a_chain_is_said(text, message):
