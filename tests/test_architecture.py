@@ -7,15 +7,21 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "plays", "tokenizers", "logs", "pages"},
+    {"config", "plays", "tokenizers", "logs", "pages", "textmetrics"},
     {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
     {"checkpoints", "evaluate"},
     {"train", "inference"},
-    {"run"},
+    {"run", "study", "studypage"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
-BESIDE = {("plays", "config"), ("tokenizers", "config"), ("data", "corpora"), ("generate", "sampling")}
+BESIDE = {
+    ("plays", "config"),
+    ("tokenizers", "config"),
+    ("data", "corpora"),
+    ("generate", "sampling"),
+    ("studypage", "study"),
+}
 
 
 def imports(path):

@@ -11,6 +11,7 @@ The house, from the ground up; a module imports only lower layers:
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress
        pages        self-contained HTML: tables, shaded texts, figures
+       textmetrics  what can be counted in a text
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
        models/      backbones behind one contract, and the shell around them
@@ -24,6 +25,7 @@ The house, from the ground up; a module imports only lower layers:
     3  train        the jitted step and the loop
        inference    a trained model in use
     4  run          wiring
+       study        which sampler setting? and studypage, where one sees it
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.
