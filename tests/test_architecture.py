@@ -11,7 +11,7 @@ LAYERS = [
     {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
     {"checkpoints", "evaluate"},
     {"train", "inference"},
-    {"run", "study", "studypage"},
+    {"run", "study"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
@@ -20,7 +20,6 @@ BESIDE = {
     ("tokenizers", "config"),
     ("data", "corpora"),
     ("generate", "sampling"),
-    ("studypage", "study"),
 }
 
 

@@ -25,7 +25,7 @@ The house, from the ground up; a module imports only lower layers:
     3  train        the jitted step and the loop
        inference    a trained model in use
     4  run          wiring
-       study        which sampler setting? and studypage, where one sees it
+       study/       which sampler setting? a ladder, measured; and the page that shows it
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.

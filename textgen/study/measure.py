@@ -1,10 +1,4 @@
-"""Which sampler setting? A ladder of them, and what the texts of each are like beside unseen text.
-
-The question has an answer that can be measured (Braverman et al. 2020, "Calibration, entropy rates,
-and memory in language models"): at the setting that matches, the model's own text is as surprising
-to the model as unseen text of the corpus is. Below it the text is duller than the corpus, above it
-wilder. What people notice of that (repetition, invented words, copies) is counted beside it.
-"""
+"""What the texts of a ladder of settings are like, and unseen text beside them."""
 
 import dataclasses
 import math
@@ -13,16 +7,15 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from textgen import data, inference, models, sampling, textmetrics
+from textgen import data, inference, sampling, textmetrics
 from textgen.config import UserError, require
 from textgen.objectives import next_token_nats
+from textgen.study import ladder
 from textgen.tokenizers import Tokenizer, pieces
 
-TEMPERATURES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6)
 SOURCE = 5_000_000  # characters of the training text, from its start, that copies are looked for in
 
 # What is counted, by name: a title, and what it is.
@@ -69,16 +62,17 @@ class Texts:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Where the ladder's texts are as surprising as unseen text.
+    """Where the ladder's texts are like unseen text, in one respect.
 
     Attributes:
       value: the ladder's number there, interpolated.
       low, high: a 95 % interval, from resampling the texts; it may end where the ladder does.
+        None for what is counted over all texts together.
     """
 
     value: float
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +101,7 @@ class Study:
       settings: in the order of the knob, or as given.
       unseen: validation text, as much of it as one setting's texts.
       losses: [R] nats per token of all pieces of the validation text, as long as the samples.
-      match: by surprise; None where the ladder does not reach the loss, or has no knob.
-      match_drawn: the same by the entropy of the distribution drawn from.
+      matches: by the names of METRICS and of the judges, where the ladder has a knob and reaches unseen text.
       unit: what a token is, for people.
       passage: see there.
       recipe: what it takes to make the study again.
@@ -118,8 +111,7 @@ class Study:
     settings: list[Texts]
     unseen: Texts
     losses: Float[np.ndarray, "R"]
-    match: Match | None
-    match_drawn: Match | None
+    matches: dict[str, Match]
     unit: str
     passage: Passage
     recipe: dict[str, Any]
@@ -127,71 +119,6 @@ class Study:
     def nearest(self) -> int:
         """The setting whose texts' surprise is nearest to that of unseen text."""
         return int(np.argmin([abs(s.numbers["surprise"] - self.losses.mean()) for s in self.settings]))
-
-
-def ladder(temperatures: Sequence[str | float] | None = None, samplers: Sequence[str] | None = None) -> list[Any]:
-    """The chains that the flags ask for: one for each temperature, or each sampler.
-
-    Raises:
-      UserError: both, an impossible temperature or sampler, or one that comes twice.
-    """
-    require(not (temperatures and samplers), "Give either --temperatures or --sampler: a chain holds its own.")
-    if samplers:
-        chains = [sampling.parse(text) for text in samplers]
-    else:
-        chains = [sampling.chain(sampling.temperature(_number(t))) for t in temperatures or TEMPERATURES]
-    texts = [str(chain) for chain in chains]
-    twice = next((text for text in texts if texts.count(text) > 1), None)
-    require(twice is None, f"The setting {twice} comes twice: leave one out.")
-    return chains
-
-
-def _number(text: str | float) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise UserError(f"--temperatures takes numbers with commas between, such as 0.5,0.8,1; got '{text}'.") from None
-
-
-def knob(chains: Sequence[sampling.Chain]) -> tuple[str, list[float]] | None:
-    """The one number in which the chains differ, and its values; None where that is not all that differs."""
-    names = [[(t.name, np.shape(n)) for t in chain.transforms for n in t.numbers] for chain in chains]
-    if any(name != names[0] for name in names):
-        return None
-    numbers = [[n for t in chain.transforms for n in t.numbers] for chain in chains]
-    differ = [i for i in range(len(names[0])) if any(not np.array_equal(n[i], numbers[0][i]) for n in numbers)]
-    if len(differ) != 1 or names[0][differ[0]][1] != ():
-        return None
-    return names[0][differ[0]][0], [float(str(n[differ[0]])) for n in numbers]
-
-
-def samples(
-    lm: inference.TextModel,
-    prompts: Sequence[str],
-    chains: Sequence[sampling.Chain],
-    *,
-    length: int,
-    num_samples: int,
-    seed: int,
-) -> list[list[inference.Sample]]:
-    """For each chain what `lm.samples(prompts, sampler=chain, ...)` gives, with the same random keys.
-
-    Chains that differ in numbers alone are one batch, with each row's numbers beside it: one
-    compilation and one series of dispatches.
-    """
-    groups: dict[Any, list[int]] = {}
-    for i, chain in enumerate(chains):
-        lists = [n for n in jax.tree.leaves(chain) if np.ndim(n)]  # shared by all rows
-        key = (jax.tree.structure(chain), tuple((n.shape, n.tobytes()) for n in lists))
-        groups.setdefault(key, []).append(i)
-    made: dict[int, list[inference.Sample]] = {}
-    rows = len(prompts) * num_samples
-    for group in groups.values():
-        stack = lambda *numbers: numbers[0] if np.ndim(numbers[0]) else np.repeat(np.stack(numbers), rows)
-        chain = jax.tree.map(stack, *(chains[i] for i in group))
-        some = lm.samples(list(prompts) * len(group), length=length, num_samples=num_samples, seed=seed, sampler=chain)
-        made |= {i: some[k * rows : (k + 1) * rows] for k, i in enumerate(group)}
-    return [made[i] for i in range(len(chains))]
 
 
 @partial(jax.jit, static_argnums=0)
@@ -289,7 +216,7 @@ def explore(
 
     Args:
       prompts: each gives `num_samples` texts to every chain.
-      chains: the ladder; see `ladder`.
+      chains: the ladder; see `ladder.chains`.
       length: new tokens of each text.
       judges: other models that the texts are read by, by name.
 
@@ -299,11 +226,11 @@ def explore(
     dataset = data.load(lm.config, lm.tokenizer)
     source = "".join(dataset.corpus.slice(0, data.bounds(dataset.corpus.size[0], lm.config.corpus)[0]))
     lexicon = set(textmetrics.words(f". {source} ."))
-    knob_of, order = knob(chains), list(range(len(chains)))
+    knob_of, order = ladder.knob(chains), list(range(len(chains)))
     if knob_of:
         order = sorted(order, key=lambda i: knob_of[1][i])
         chains = [chains[i] for i in order]
-    made = samples(lm, prompts, chains, length=length, num_samples=num_samples, seed=seed)
+    made = ladder.samples(lm, prompts, chains, length=length, num_samples=num_samples, seed=seed)
     given = min(len(lm.encode_prompt(prompt)) for prompt in prompts)
     unseen, losses = _unseen(lm, dataset.validation, given, length, len(prompts) * num_samples)
     settings = []
@@ -326,23 +253,30 @@ def explore(
         texts.numbers.update(_counted(texts, lexicon, [int(next(copies)) for _ in texts.texts]))
         for name, nats_per_character in (judges or {}).items():
             texts.numbers[f"judge/{name}"] = nats_per_character(texts.prompts, texts.texts)
-    match = match_drawn = None
-    if knob_of:
-        values = [s.value for s in settings]
-        match = matching(values, np.stack([s.surprise for s in settings]), losses)
-        drawn = np.stack([[np.mean(s.entropy_drawn) for s in some] for some in made])
-        match_drawn = matching(values, drawn, losses)
     return Study(
         knob=knob_of[0] if knob_of else None,
         settings=settings,
         unseen=unseen,
         losses=losses,
-        match=match,
-        match_drawn=match_drawn,
+        matches=_matches(settings, made, unseen, losses) if knob_of else {},
         unit="character" if lm.tokenizer.kind == "characters" else "token",
         passage=_passage(lm, dataset.validation),
         recipe={"step": lm.step, "seed": seed, "length": length, "num_samples": num_samples, "prompts": list(prompts)},
     )
+
+
+def _matches(settings: list[Texts], made: list[list[inference.Sample]], unseen: Texts, losses: Any) -> dict[str, Match]:
+    values = [s.value for s in settings]
+    found = {
+        "surprise": matching(values, np.stack([s.surprise for s in settings]), losses),
+        "entropy_drawn": matching(values, np.stack([[s.entropy_drawn.mean() for s in some] for some in made]), losses),
+    }
+    for name in unseen.numbers:
+        if name not in found:
+            curve = np.array([s.numbers[name] for s in settings])
+            place = float(_crossing(values, curve[None] - unseen.numbers[name])[0])
+            found[name] = None if math.isnan(place) else Match(place)
+    return {name: match for name, match in found.items() if match}
 
 
 def _unseen(lm: inference.TextModel, split: data.Split, given: int, length: int, count: int) -> tuple[Texts, Any]:

@@ -1,0 +1,124 @@
+"""The study in words, as a table, as JSON, for TensorBoard."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from textgen import checkpoints, logs
+from textgen.config import require
+from textgen.study.measure import METRICS, Study, Texts
+
+
+def publish(study: Study, html: str, page: Path, board: Path) -> None:
+    """Writes the page, the JSON beside it, and TensorBoard's curves and texts to a folder of their own."""
+    checkpoints.write_json(page.with_suffix(".json"), as_json(study))
+    page.write_text(html, encoding="utf-8")
+    shutil.rmtree(board, ignore_errors=True)  # an earlier study
+    board.mkdir()
+    writer = logs.Writer(board, 0)
+    for i, setting in enumerate(study.settings):
+        step = i if study.knob is None else round(100 * setting.value)  # TensorBoard's axis holds whole numbers
+        writer.scalars(step, {f"explore/{name}": value for name, value in setting.numbers.items()})
+        writer.text(step, f"explore/{setting.name}", "\n\n".join(map("".join, zip(setting.prompts, setting.texts))))
+    writer.close()
+
+
+def check_page(page: Path) -> None:
+    """Raises UserError where a page cannot be written; asked before the work."""
+    require(page.suffix == ".html", f"--output is the page, and ends in .html, got '{page}'.")
+    require(page.parent.is_dir(), f"There is no folder '{page.parent}' for the page '{page.name}'.")
+
+
+def as_json(study: Study) -> dict[str, Any]:
+    """Every number and text."""
+    clean = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x
+    texts = lambda t: {
+        "name": t.name,
+        "value": clean(t.value),
+        **{name: clean(value) for name, value in t.numbers.items()},
+        "samples": [{"prompt": p, "text": x} for p, x in zip(t.prompts, t.texts, strict=True)],
+    }
+    return {
+        "recipe": study.recipe,
+        "knob": study.knob,
+        "loss": float(study.losses.mean()),
+        "matches": {name: vars(match) for name, match in study.matches.items()},
+        "validation": texts(study.unseen),
+        "settings": [texts(setting) for setting in study.settings],
+    }
+
+
+def as_table(study: Study) -> tuple[list[str], list[list[Any]]]:
+    """(header, rows): a row for each setting, and for unseen text."""
+    names = [name for name in METRICS if name not in {"distinct_3", "distinct_4"}] + judged(study)
+    rows = [[t.name, *(t.numbers.get(name) for name in names)] for t in [*study.settings, study.unseen]]
+    return ["setting", *(title(name) for name in names)], rows
+
+
+def answer(study: Study) -> list[str]:
+    """The study in a few sentences; the first one answers."""
+    loss, unit = study.losses.mean(), study.unit
+    lines = []
+    match = study.matches.get("surprise")
+    if match:
+        lines.append(
+            f"At {study.knob} {match.value:.2f} the model's own text is as surprising to it as unseen text is, "
+            f"{loss:.2f} nats per {unit} (95 % interval {match.low:.2f} to {match.high:.2f})."
+        )
+    else:
+        near = study.settings[study.nearest()]
+        lines.append(
+            f"{near.name} comes nearest to unseen text: {near.numbers['surprise']:.2f} nats per {unit} "
+            f"against {loss:.2f}; no two settings of one number lie on both sides of it."
+        )
+    dull = min(study.settings, key=lambda s: s.numbers["surprise"])
+    wild = max(study.settings, key=lambda s: s.numbers["surprise"])
+    n, d, w = study.unseen.numbers, dull.numbers, wild.numbers
+    below = [f"its surprise is {d['surprise']:.2f} nats"]
+    if d["distinct_1"] < n["distinct_1"]:
+        below.append(
+            f"of 100 words {100 * d['distinct_1']:.0f} are different ({100 * n['distinct_1']:.0f} in unseen text)"
+        )
+    if d["repetition"] > n["repetition"]:
+        below.append(f"{d['repetition']:.1%} of its runs of four words come again ({n['repetition']:.1%})")
+    lines.append(f"Below, text grows dull and repeats itself. At {named(study, dull)} {_listed(below)}.")
+    above = [f"its surprise is {w['surprise']:.2f} nats"]
+    if w["known_words"] < n["known_words"]:
+        above.append(
+            f"{w['known_words']:.0%} of its words are in the training text ({n['known_words']:.0%} of unseen text's)"
+        )
+    lines.append(f"Above, it makes up words. At {named(study, wild)} {_listed(above)}.")
+    counted = {name: study.matches[name].value for name in ("distinct_1", "known_words") if name in study.matches}
+    if match and counted and all(not match.low <= value <= match.high for value in counted.values()):
+        lines.append(
+            "Counting words gives another answer: "
+            + _listed([f"{title(name)} is as in unseen text at {value:.2f}" for name, value in counted.items()])
+            + ". Where the two disagree, choose by what the text is for."
+        )
+    plain = next((s for s in study.settings if s.name == "temperature(1)"), None)
+    if plain:
+        own, error = plain.numbers["entropy"], study.losses.std() / math.sqrt(len(study.losses))
+        if abs(own - loss) > 3 * error:
+            lines.append(
+                f"At temperature 1 the model's entropy along its own text is {own:.2f} nats, and its loss {loss:.2f}: it is "
+                + ("surer than it is right." if own < loss else "less sure of its own text than of the corpus.")
+            )
+    return lines
+
+
+def named(study: Study, texts: Texts) -> str:
+    return f"{study.knob} {texts.value:g}" if study.knob else texts.name
+
+
+def _listed(items: Sequence[str]) -> str:
+    return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]
+
+
+def judged(study: Study) -> list[str]:
+    return [name for name in study.unseen.numbers if name.startswith("judge/")]
+
+
+def title(name: str) -> str:
+    return METRICS[name][0] if name in METRICS else f"nats per character under {name.removeprefix('judge/')}"
