@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"config", "plays", "tokenizers", "logs", "pages", "textmetrics"},
     {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
-    {"checkpoints", "evaluate"},
+    {"checkpoints", "evaluate", "samples"},
     {"train", "inference"},
     {"run", "study"},
 ]

@@ -14,7 +14,7 @@ import pytest
 from conftest import BACKBONES, TEXT, tiny
 
 import textgen
-from textgen import checkpoints, config, inference, logs, run, sampling, train
+from textgen import checkpoints, config, inference, logs, run, train
 from textgen.config import UserError
 
 # Libraries below warn of what is theirs to mend.
@@ -141,12 +141,6 @@ def test_evaluation_of_a_file(finished, tmp_path):
 def test_bad_requests_of_a_loaded_model(finished, prompt, options, message):
     with pytest.raises(UserError, match=message):
         textgen.load(finished[0]).generate(prompt, **options)
-
-
-def test_plain_settings_print_the_chain_they_stand_for():
-    assert str(inference.make_chain(temperature=0.8, top_p=0.9, top_k=5)) == "temperature(0.8), top_k(5), top_p(0.9)"
-    assert str(inference.make_chain()) == "temperature(1)"
-    assert str(inference.make_chain(sampling.chain(sampling.greedy()))) == "temperature(0)"
 
 
 # --- interrupted and resumed
