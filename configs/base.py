@@ -32,7 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.data.order = "shuffled"  # shuffled: windows without replacement; stream: in order, the carry passed on
 
     config.model = ConfigDict()
-    config.model.backbone = "transformer"  # a name in textgen.models.BACKBONES
+    config.model.backbone = "transformer"  # a name in textgen.models.BACKBONES, or ngram
     config.model.width = 128  # D
     config.model.layers = 4  # L
     config.model.dropout = 0.0  # fraction dropped
@@ -49,6 +49,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.transformer.positions = "rope"  # rope, learned
     config.model.transformer.rope_base = 10_000.0  # longest wavelength / 2 pi, in tokens
     config.model.transformer.qk_norm = False  # RMS-normalise queries and keys
+    config.model.ngram = ConfigDict()
+    config.model.ngram.order = 7  # tokens of the longest n-grams, the predicted one included
+    config.model.ngram.discount = placeholder(float)  # taken from every count; None: estimated for each order
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # adamw, muon, lion, sgd

@@ -109,6 +109,12 @@ class TransformerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NGramConfig:
+    order: int
+    discount: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     backbone: str
     width: int
@@ -120,6 +126,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"]
     remat: bool
     transformer: TransformerConfig
+    ngram: NGramConfig
 
     def __post_init__(self):
         _positive(self, "model", "width", "layers", "context")
@@ -302,6 +309,8 @@ MAY_CHANGE = (
     "mesh.",
 )
 
+READ_BY_NGRAM = ("seed", "corpus.", "tokenizer.", "data.window", "model.backbone", "model.ngram.", "eval.", "sample.")
+
 
 def _convert(value: Any, wanted: Any, path: str) -> Any:
     """`value` as the annotated type, or UserError. Ints become floats; nothing else is bent."""
@@ -371,6 +380,10 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
 def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
     """Refuses a flag that the chosen backbone would not read: no setting is skipped in silence."""
     for key in overrides:
+        require(
+            config.model.backbone != "ngram" or key.startswith(READ_BY_NGRAM),
+            f"--config.{key} belongs to models that are trained, and an n-gram is counted: leave it out.",
+        )
         group = key.split(".")[1] if key.startswith("model.") and key.count(".") == 2 else None
         require(
             group is None or group == config.model.backbone,
