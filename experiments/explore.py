@@ -22,13 +22,13 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    from textgen import inference, logs, run, study, studypage
+    from textgen import inference, logs, run, study
 
     run.use_compilation_cache()
-    chains = study.ladder(_TEMPERATURES.value, _SAMPLER.value)
+    chains = study.chains(_TEMPERATURES.value, _SAMPLER.value)
     lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     page = Path(_OUTPUT.value or f"{_WORKDIR.value}/explore.html")
-    studypage.check_page(page)
+    study.check_page(page)
     found = study.explore(
         lm,
         _PROMPT.value or [lm.config.sample.prompt],
@@ -36,10 +36,10 @@ def main() -> None:
         length=_LENGTH.value,
         num_samples=_NUM_SAMPLES.value,
         seed=_SEED.value,
-        judges=study.judges(lm, _JUDGE.value or []),
+        judges={Path(path).name: inference.load(path) for path in _JUDGE.value or []},
     )
-    studypage.publish(found, page, Path(_WORKDIR.value) / "explore")
-    logs.console.print(studypage.as_text(found), markup=False)
+    study.publish(found, page, Path(_WORKDIR.value) / "explore")
+    logs.console.print(study.as_text(found), markup=False)
     logs.console.print(f"\nthe page:    {page}\nthe numbers: {page.with_suffix('.json')}", markup=False)
 
 

@@ -11,8 +11,8 @@ wilder. What people notice of that (repetition, invented words, copies) is count
 """
 
 from textgen.study.ladder import chains
-from textgen.study.measure import Study, explore, judges, matching
-from textgen.study.page import render
-from textgen.study.report import as_json, as_text, check_page, publish
+from textgen.study.measure import Study, explore, matching
+from textgen.study.page import check_page, publish, render
+from textgen.study.report import as_json, as_text
 
-__all__ = ["Study", "as_json", "as_text", "chains", "check_page", "explore", "judges", "matching", "publish", "render"]
+__all__ = ["Study", "as_json", "as_text", "chains", "check_page", "explore", "matching", "publish", "render"]

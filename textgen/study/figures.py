@@ -43,7 +43,7 @@ def entropies(figure: Any, study: Study) -> None:
         axes.annotate(f"{match.value:.2f}", (match.value, 0), (5, 4), textcoords="offset points", color=pages.COLORS[1])
     axes.set_ylim(0)
     axes.set_ylabel(f"nats per {study.unit}")
-    axes.settitle("How surprising the model's own text is to it")
+    axes.set_title("How surprising the model's own text is to it")
     axes.legend(loc="upper left", fontsize=8.5)
 
 
@@ -74,7 +74,7 @@ def agreement(figure: Any, study: Study) -> None:
     axes.set_ylim(-0.6, len(names) - 0.3)
     axes.set_xlim(study.settings[0].value, study.settings[-1].value)
     axes.set_xlabel(study.knob)
-    axes.settitle("Where each measure is as in unseen text")
+    axes.set_title("As in unseen text at")
 
 
 def counted(figure: Any, study: Study) -> None:
@@ -99,7 +99,7 @@ def counted(figure: Any, study: Study) -> None:
             axes.axhline(study.unseen.numbers[name], color=color, linestyle="--", linewidth=1.2)
         if match:
             axes.axvline(match.value, color=pages.COLORS[1], linestyle=":", linewidth=1.2)
-        axes.settitle("distinct-n" if len(names) > 1 else title(names[0]))
+        axes.set_title("distinct-n" if len(names) > 1 else title(names[0]))
         if len(names) > 1:
             axes.legend(fontsize=8)
     for axes in grid[len(panels) :]:

@@ -12,7 +12,9 @@ from textgen.config import UserError, require
 TEMPERATURES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6)
 
 
-def chains(temperatures: Sequence[str | float] | None = None, samplers: Sequence[str] | None = None) -> list[Any]:
+def chains(
+    temperatures: Sequence[str | float] | None = None, samplers: Sequence[str] | None = None
+) -> list[sampling.Chain]:
     """The chains that the flags ask for: one for each temperature, or each sampler.
 
     Raises:
@@ -23,10 +25,10 @@ def chains(temperatures: Sequence[str | float] | None = None, samplers: Sequence
         found = [sampling.parse(text) for text in samplers]
     else:
         found = [sampling.chain(sampling.temperature(_number(t))) for t in temperatures or TEMPERATURES]
-    texts = [str(chain) for chain in chains]
+    texts = [str(chain) for chain in found]
     twice = next((text for text in texts if texts.count(text) > 1), None)
     require(twice is None, f"The setting {twice} comes twice: leave one out.")
-    return chains
+    return found
 
 
 def _number(text: str | float) -> float:

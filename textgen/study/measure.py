@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from textgen import data, inference, sampling, textmetrics
-from textgen.config import UserError, require
+from textgen import data, inference, models, sampling, textmetrics
+from textgen.models import ngram
 from textgen.objectives import next_token_nats
 from textgen.study import ladder
 from textgen.tokenizers import Tokenizer, pieces
@@ -210,7 +210,7 @@ def explore(
     length: int = 400,
     num_samples: int = 8,
     seed: int = 0,
-    judges: dict[str, Judge] | None = None,
+    judges: dict[str, inference.TextModel] | None = None,
 ) -> Study:
     """Samples every chain, measures the texts, and measures as much unseen text in the same way.
 
@@ -218,7 +218,7 @@ def explore(
       prompts: each gives `num_samples` texts to every chain.
       chains: the ladder; see `ladder.chains`.
       length: new tokens of each text.
-      judges: other models that the texts are read by, by name.
+      judges: other models that the texts are read by, by name; besides a Kneser-Ney n-gram of the training text.
 
     Raises:
       UserError: what cannot be sampled, or a corpus that cannot be read again.
@@ -247,11 +247,15 @@ def explore(
                 numbers={"entropy": mean("entropy"), "entropy_drawn": mean("entropy_drawn")},
             )
         )
+    model = models.NGram(lm.config.model.ngram.order, lm.tokenizer.vocab_size)
+    tables = ngram.fit(dataset.train.tokens, model.order, model.vocab_size)
+    readers = {f"{model.order}-gram": judge(model, tables, lm.tokenizer)}
+    readers |= {name: judge(other.model, other.params, other.tokenizer) for name, other in (judges or {}).items()}
     everything = [*settings, unseen]
     copies = iter(textmetrics.longest_copies([t for texts in everything for t in texts.texts], source[:SOURCE]))
     for texts in everything:
         texts.numbers.update(_counted(texts, lexicon, [int(next(copies)) for _ in texts.texts]))
-        for name, nats_per_character in (judges or {}).items():
+        for name, nats_per_character in readers.items():
             texts.numbers[f"judge/{name}"] = nats_per_character(texts.prompts, texts.texts)
     return Study(
         knob=knob_of[0] if knob_of else None,

@@ -3,26 +3,28 @@
 import html
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from textgen import pages
+from textgen import checkpoints, logs, pages
+from textgen.config import require
 from textgen.study import figures
 from textgen.study.measure import METRICS, Study, Texts
-from textgen.study.report import answer, as_table, named
+from textgen.study.report import answer, as_json, as_table, named
 
 SHOWN = 4  # texts of each setting on the page; all are in the JSON
 LIKELIEST = 128  # tokens at a place of the passage that the sliders reweight
 TOP = 5.0  # nats: the full shade
 
 STYLE = """
-.full { width: min(96vw, 1560px); margin-left: 50%; transform: translateX(-50%); }
 .answer { font-size: 1.35rem; line-height: 1.4; max-width: 50rem; margin: .8rem 0; }
 .answer b { color: var(--c1); white-space: nowrap; }
 .pair { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 1.5rem; align-items: start; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr)); gap: 1rem; margin: 1rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 1rem;
+  width: min(95vw, 1540px); margin: 1rem 0 1rem 50%; transform: translateX(-50%); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; }
 .card h3 { margin: 0; font-size: 1rem; display: flex; justify-content: space-between; gap: .5rem; }
 .card h3 small { font-weight: 600; color: var(--c1); } .card.unseen h3 small { color: var(--soft); }
@@ -52,6 +54,28 @@ button[aria-pressed=true] { border-color: var(--c0); color: var(--c0); } button:
 """
 
 
+def publish(study: Study, page: Path, board: Path) -> None:
+    """Writes the page, the JSON beside it, and TensorBoard's curves and texts to a folder of their own."""
+    checkpoints.write_json(page.with_suffix(".json"), as_json(study))
+    page.write_text(render(study), encoding="utf-8")
+    shutil.rmtree(board, ignore_errors=True)  # an earlier study
+    board.mkdir()
+    writer = logs.Writer(board, 0)
+    for i, setting in enumerate(study.settings):
+        step = i if study.knob is None else round(100 * setting.value)  # TensorBoard's axis holds whole numbers
+        writer.scalars(step, {f"explore/{name}": value for name, value in setting.numbers.items()})
+        writer.text(
+            step, f"explore/{setting.name}", "\n\n".join(map("".join, zip(setting.prompts, setting.texts, strict=True)))
+        )
+    writer.close()
+
+
+def check_page(page: Path) -> None:
+    """Raises UserError where a page cannot be written; asked before the work."""
+    require(page.suffix == ".html", f"--output is the page, and ends in .html, got '{page}'.")
+    require(page.parent.is_dir(), f"There is no folder '{page.parent}' for the page '{page.name}'.")
+
+
 def render(study: Study) -> str:
     """The page."""
     first, *others = answer(study)
@@ -75,13 +99,13 @@ def render(study: Study) -> str:
             f"The texts, each {unit} shaded by its surprise",
             f"<p>{texts}</p>",
             pages.scale("certain", f"{TOP:g} nats or more"),
-            f'<div class="cards full">{"".join(cards)}</div>',
+            f'<div class="cards">{"".join(cards)}</div>',
         ),
         pages.section(
             f"The next {unit}, reweighted",
             pages.paragraph(
-                f"Unseen text, as the model reads it. Click a {unit}, or walk with the arrow keys, and move the sliders: "
-                "filled bars are what is drawn from, the lines mark the model's own distribution."
+                f"Unseen text, as the model reads it. Click a {unit}, or walk with the arrow keys, and move the "
+                "sliders: filled bars are what is drawn from, the lines mark the model's own distribution."
             ),
             _sliders(study),
         ),

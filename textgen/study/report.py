@@ -1,34 +1,10 @@
-"""The study in words, as a table, as JSON, for TensorBoard."""
+"""The study in words, as a table, as JSON."""
 
 import math
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from textgen import checkpoints, logs
-from textgen.config import require
 from textgen.study.measure import METRICS, Study, Texts
-
-
-def publish(study: Study, html: str, page: Path, board: Path) -> None:
-    """Writes the page, the JSON beside it, and TensorBoard's curves and texts to a folder of their own."""
-    checkpoints.write_json(page.with_suffix(".json"), as_json(study))
-    page.write_text(html, encoding="utf-8")
-    shutil.rmtree(board, ignore_errors=True)  # an earlier study
-    board.mkdir()
-    writer = logs.Writer(board, 0)
-    for i, setting in enumerate(study.settings):
-        step = i if study.knob is None else round(100 * setting.value)  # TensorBoard's axis holds whole numbers
-        writer.scalars(step, {f"explore/{name}": value for name, value in setting.numbers.items()})
-        writer.text(step, f"explore/{setting.name}", "\n\n".join(map("".join, zip(setting.prompts, setting.texts))))
-    writer.close()
-
-
-def check_page(page: Path) -> None:
-    """Raises UserError where a page cannot be written; asked before the work."""
-    require(page.suffix == ".html", f"--output is the page, and ends in .html, got '{page}'.")
-    require(page.parent.is_dir(), f"There is no folder '{page.parent}' for the page '{page.name}'.")
 
 
 def as_json(study: Study) -> dict[str, Any]:
@@ -55,6 +31,16 @@ def as_table(study: Study) -> tuple[list[str], list[list[Any]]]:
     names = [name for name in METRICS if name not in {"distinct_3", "distinct_4"}] + judged(study)
     rows = [[t.name, *(t.numbers.get(name) for name in names)] for t in [*study.settings, study.unseen]]
     return ["setting", *(title(name) for name in names)], rows
+
+
+def as_text(study: Study) -> str:
+    """The most telling numbers and the answer, for a terminal."""
+    names = ["surprise", "entropy_drawn", "repetition", "distinct_1", "known_words", "longest_copy", *judged(study)]
+    rows = [["", *(name.split("/")[-1].replace("_", " ") for name in names)]]
+    rows += [[t.name, *(f"{t.numbers[name]:.3f}" for name in names)] for t in [*study.settings, study.unseen]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, "", *answer(study)])
 
 
 def answer(study: Study) -> list[str]:
@@ -102,7 +88,7 @@ def answer(study: Study) -> list[str]:
         own, error = plain.numbers["entropy"], study.losses.std() / math.sqrt(len(study.losses))
         if abs(own - loss) > 3 * error:
             lines.append(
-                f"At temperature 1 the model's entropy along its own text is {own:.2f} nats, and its loss {loss:.2f}: it is "
+                f"At temperature 1 the model's entropy along its own text is {own:.2f} nats, its loss {loss:.2f}: it is "
                 + ("surer than it is right." if own < loss else "less sure of its own text than of the corpus.")
             )
     return lines
@@ -121,4 +107,4 @@ def judged(study: Study) -> list[str]:
 
 
 def title(name: str) -> str:
-    return METRICS[name][0] if name in METRICS else f"nats per character under {name.removeprefix('judge/')}"
+    return METRICS[name][0] if name in METRICS else f"loss under {name.removeprefix('judge/')}"
