@@ -92,7 +92,7 @@ def render(study: Study) -> str:
     return pages.page(
         f"Which {knob}?",
         f'<p class="answer">{_emphasised(first, match)}</p>',
-        pages.paragraph(" ".join(others)),
+        *(pages.paragraph(line) for line in others),
         f'<div class="pair">{pages.figure(lambda f: figures.entropies(f, study), size=(6.6, 3.9))}'
         f"{pages.figure(lambda f: figures.agreement(f, study), size=(4.4, 3.9)) if study.matches else ''}</div>",
         pages.section(

@@ -88,8 +88,12 @@ def answer(study: Study) -> list[str]:
         own, error = plain.numbers["entropy"], study.losses.std() / math.sqrt(len(study.losses))
         if abs(own - loss) > 3 * error:
             lines.append(
-                f"At temperature 1 the model's entropy along its own text is {own:.2f} nats, its loss {loss:.2f}: it is "
-                + ("surer than it is right." if own < loss else "less sure of its own text than of the corpus.")
+                f"At temperature 1 the model's entropy along its own text is {own:.2f} nats, its loss {loss:.2f}: "
+                + (
+                    "it is surer than it is right."
+                    if own < loss
+                    else "it is less sure of its own text than of the corpus."
+                )
             )
     return lines
 
