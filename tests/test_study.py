@@ -8,10 +8,11 @@ import subprocess
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TEXT, noisy_params, tiny
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_pages import read
 
@@ -20,7 +21,7 @@ from textgen.config import UserError
 from textgen.models import ngram
 from textgen.study import ladder, measure
 
-PROMPTS = ["The ", "By the river"]
+PROMPTS = ["The ", "So he mended"]
 
 
 @pytest.fixture(scope="module")
@@ -122,18 +123,18 @@ def test_a_ladder_that_does_not_reach_unseen_text_has_no_match():
 def test_a_model_that_is_right_matches_at_temperature_one(tmp_path):
     """Independent letters, and the model knows their frequencies: its text is like the corpus at T = 1."""
     random = np.random.default_rng(0)
-    text = "".join(random.choice(list("abcd \n"), 40_000, p=[0.5, 0.2, 0.12, 0.08, 0.07, 0.03]))
+    text = "".join(random.choice(list("abcd \n"), 200_000, p=[0.5, 0.2, 0.12, 0.08, 0.07, 0.03]))
     (tmp_path / "text.txt").write_text(text)
     config = tiny({"model.backbone": "ngram", "model.ngram.order": 1, "corpus.path": str(tmp_path / "text.txt")})
     tokenizer = tokenizers.CharacterTokenizer("".join(sorted(set(text))))
-    tables = ngram.fit(tokenizer.encode(text[:36_000]), 1, tokenizer.vocab_size)
+    tables = ngram.fit(tokenizer.encode(text[:180_000]), 1, tokenizer.vocab_size)
     lm = inference.TextModel(models.build(config, tokenizer.vocab_size), tables, tokenizer, config, 1)
-    found = study.explore(lm, ["a"], study.chains([0.4, 0.7, 0.9, 1.1, 1.4, 2.0]), length=200, num_samples=16)
+    found = study.explore(lm, ["a"], study.chains([0.4, 0.7, 0.9, 1.1, 1.4, 2.0]), length=200, num_samples=40)
     for name in ("surprise", "entropy_drawn"):
         match = found.matches[name]
-        assert match.low - 0.02 <= 1 <= match.high + 0.02
-        assert abs(match.value - 1) < 0.1
-    assert found.losses.mean() == pytest.approx(-np.mean(lm.score(text[36_000:])), abs=0.02)
+        assert match.low - 0.03 <= 1 <= match.high + 0.03
+        assert abs(match.value - 1) < 0.06
+    assert found.losses.mean() == pytest.approx(-np.mean(lm.score(text[180_000:])), abs=0.02)
     # A text of independent letters has the entropy that the distribution says, at every temperature.
     p = tables["unigram"]
     for setting in found.settings:
@@ -159,7 +160,7 @@ def test_a_model_with_a_longest_sequence_reads_windows(lm):
 
 
 def test_a_judge_reads_each_text_after_its_prompt(lm):
-    prompts, texts = ["The ", "By "], ["river went", "the mill."]
+    prompts, texts = ["The ", "So "], ["river went", "he mended."]
     own = [-lm.score(p + t)[len(p) - 1 :].sum() for p, t in zip(prompts, texts, strict=True)]
     nats = measure.judge(lm.model, lm.params, lm.tokenizer)(prompts, texts)
     assert nats == pytest.approx(sum(own) / sum(map(len, texts)), abs=1e-5)
@@ -223,10 +224,8 @@ def test_a_study_without_a_knob_has_a_page_and_an_answer(lm):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="takes node")
-@settings(max_examples=5)
-@given(st.integers(0, 1000))
-def test_the_sliders_do_what_the_sampler_does(seed):
-    random = np.random.default_rng(seed)
+def test_the_sliders_do_what_the_sampler_does():
+    random = np.random.default_rng(0)
     logits = np.sort(random.normal(size=(1, 40)) * 3)[:, ::-1]
     costs = np.round(-1000 * np.asarray(jax.nn.log_softmax(logits))[0]).astype(int)
     numbers = [(0.0, 1.0, 0.0), (0.7, 0.9, 0.0), (1.3, 1.0, 0.2), (1.0, 0.6, 0.05), (2.0, 0.05, 0.5)]
@@ -236,7 +235,7 @@ def test_the_sliders_do_what_the_sampler_does(seed):
     done = subprocess.run(["node", "-p", f"{function}; {call}"], capture_output=True, text=True, check=True)
     for (t, p, m), got in zip(numbers, json.loads(done.stdout), strict=True):
         chain = sampling.chain(sampling.temperature(t), sampling.top_p(p), sampling.min_p(m))
-        wanted = jax.nn.softmax(chain(-costs[None] / np.float32(1000)))[0]
+        wanted = jax.nn.softmax(chain(jnp.asarray(-costs[None] / 1000, jnp.float32)))[0]
         np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from textgen.study.report import judged, title
 def _axis(study: Study, axes: Any) -> list[float]:
     """Where the settings stand on the x axis."""
     axes.set_xlabel(study.knob or "setting, in the order of the table")
-    return [s.value for s in study.settings] if study.knob else list(range(1, len(study.settings) + 1))
+    return [s.value for s in study.settings] if study.knob else [1.0 + i for i in range(len(study.settings))]
 
 
 def entropies(figure: Any, study: Study) -> None:
@@ -101,6 +101,6 @@ def counted(figure: Any, study: Study) -> None:
             axes.axvline(match.value, color=pages.COLORS[1], linestyle=":", linewidth=1.2)
         axes.set_title("distinct-n" if len(names) > 1 else title(names[0]))
         if len(names) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="center right")
     for axes in grid[len(panels) :]:
         axes.set_axis_off()

@@ -316,7 +316,7 @@ def _counted(texts: Texts, lexicon: set[str], copies: list[int]) -> dict[str, fl
     }
 
 
-def _passage(lm: inference.TextModel, split: data.Split, length: int = 320, before: int = 64) -> Passage:
+def _passage(lm: inference.TextModel, split: data.Split, length: int = 560, before: int = 80) -> Passage:
     """From the middle of a text, read with some tokens before it."""
     length = min(length, len(split.tokens) - 1, lm.model.max_positions or length)
     before = min(before, length // 4)

@@ -153,10 +153,9 @@ def _card(study: Study, texts: Texts, near: bool) -> str:
         for i in range(min(SHOWN, len(texts.texts)))
     ]
     name = "unseen text" if unseen else named(study, texts)
-    badge = "from the corpus" if unseen else "nearest to unseen text" if near else ""
-    facts = (
-        f"{n['surprise']:.2f} nats · {n['known_words']:.0%} known words · {100 * n['distinct_1']:.0f} of 100 different"
-    )
+    badge = "from the corpus" if unseen else "nearest to unseen" if near else ""
+    shares = f"{100 * n['known_words']:.0f} % known words · distinct-1 {n['distinct_1']:.2f}"
+    facts = f"{n['surprise']:.2f} nats · {shares}"
     return (
         f'<div class="card{" near" * near}{" unseen" * unseen}"><h3>{html.escape(name)} <small>{badge}</small></h3>'
         f'<p class="note">{html.escape(facts)}</p>{"".join(blocks)}</div>'

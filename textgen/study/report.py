@@ -37,7 +37,8 @@ def as_text(study: Study) -> str:
     """The most telling numbers and the answer, for a terminal."""
     names = ["surprise", "entropy_drawn", "repetition", "distinct_1", "known_words", "longest_copy", *judged(study)]
     rows = [["", *(name.split("/")[-1].replace("_", " ") for name in names)]]
-    rows += [[t.name, *(f"{t.numbers[name]:.3f}" for name in names)] for t in [*study.settings, study.unseen]]
+    shown = lambda texts, name: f"{texts.numbers[name]:.3f}" if name in texts.numbers else "-"
+    rows += [[t.name, *(shown(t, name) for name in names)] for t in [*study.settings, study.unseen]]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join([*lines, "", *answer(study)])
@@ -68,12 +69,15 @@ def answer(study: Study) -> list[str]:
             f"of 100 words {100 * d['distinct_1']:.0f} are different ({100 * n['distinct_1']:.0f} in unseen text)"
         )
     if d["repetition"] > n["repetition"]:
-        below.append(f"{d['repetition']:.1%} of its runs of four words come again ({n['repetition']:.1%})")
+        below.append(
+            f"{100 * d['repetition']:.1f} % of its runs of four words come again ({100 * n['repetition']:.1f} %)"
+        )
     lines.append(f"Below, text grows dull and repeats itself. At {named(study, dull)} {_listed(below)}.")
     above = [f"its surprise is {w['surprise']:.2f} nats"]
     if w["known_words"] < n["known_words"]:
         above.append(
-            f"{w['known_words']:.0%} of its words are in the training text ({n['known_words']:.0%} of unseen text's)"
+            f"{100 * w['known_words']:.0f} % of its words are in the training text "
+            f"({100 * n['known_words']:.0f} % of unseen text's)"
         )
     lines.append(f"Above, it makes up words. At {named(study, wild)} {_listed(above)}.")
     counted = {name: study.matches[name].value for name in ("distinct_1", "known_words") if name in study.matches}
