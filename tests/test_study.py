@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_pages import read
 
-from textgen import inference, models, sampling, study, tokenizers
+from textgen import data, inference, models, sampling, study, tokenizers
 from textgen.config import UserError
 from textgen.models import ngram
 from textgen.study import ladder, measure
@@ -88,6 +88,7 @@ def test_the_knob_is_the_one_number_that_differs(texts, knob):
         ((["0.5", "hot"], None), "--temperatures takes numbers with commas between, such as 0.5,0.8,1; got 'hot'."),
         ((["0.5", "-1"], None), "temperature must be 0 or more"),
         ((["0.5", "0.50"], None), "The setting temperature(0.5) comes twice"),
+        (([], None), "--temperatures is empty"),
         ((["0.5"], ["top_p(0.5)"]), "Give either --temperatures or --sampler"),
         ((None, ["top_q(0.5)"]), "Did you mean 'top_p'"),
     ],
@@ -221,6 +222,25 @@ def test_a_study_without_a_knob_has_a_page_and_an_answer(lm):
     assert not found.matches
     read(study.render(found))
     assert "comes nearest to unseen text" in study.as_text(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bytes", "words", "bpe"])
+def test_any_tokenizer_and_a_model_with_a_longest_sequence(kind, tmp_path):
+    text = TEXT.replace("river", "rivi\u00e8re")
+    (tmp_path / "text.txt").write_text(text, encoding="utf-8")
+    overrides = {"corpus.path": str(tmp_path / "text.txt"), "tokenizer.kind": kind, "tokenizer.vocab_size": 300}
+    config = tiny(overrides | {"model.transformer.positions": "learned"})
+    tokenizer = data.load(config).tokenizer
+    model = models.build(config, tokenizer.vocab_size)
+    lm = inference.TextModel(model, noisy_params(model), tokenizer, config, 0)
+    found = study.explore(lm, ["The "], study.chains([0.5, 1.0]), length=40, num_samples=2, judges={"self": lm})
+    assert found.unit == "token"
+    for texts in [*found.settings, found.unseen]:
+        assert [len(p) for p in texts.pieces] == [len(n) for n in texts.nats]
+        assert all(np.isfinite(n).all() for n in texts.nats)
+    assert ["".join(p) for p in found.unseen.pieces] == found.unseen.texts
+    read(study.render(found))
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="takes node")

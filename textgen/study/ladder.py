@@ -24,6 +24,9 @@ def chains(
     if samplers:
         found = [sampling.parse(text) for text in samplers]
     else:
+        require(
+            temperatures is None or len(temperatures), "--temperatures is empty: give one or more, or leave it out."
+        )
         found = [sampling.chain(sampling.temperature(_number(t))) for t in temperatures or TEMPERATURES]
     texts = [str(chain) for chain in found]
     twice = next((text for text in texts if texts.count(text) > 1), None)

@@ -80,13 +80,10 @@ def answer(study: Study) -> list[str]:
             f"({100 * n['known_words']:.0f} % of unseen text's)"
         )
     lines.append(f"Above, it makes up words. At {named(study, wild)} {_listed(above)}.")
-    counted = {name: study.matches[name].value for name in ("distinct_1", "known_words") if name in study.matches}
-    if match and counted and all(not match.low <= value <= match.high for value in counted.values()):
-        lines.append(
-            "Counting words gives another answer: "
-            + _listed([f"{title(name)} is as in unseen text at {value:.2f}" for name, value in counted.items()])
-            + ". Where the two disagree, choose by what the text is for."
-        )
+    others = {n: study.matches[n].value for n in ("known_words", "distinct_1", *judged(study)) if n in study.matches}
+    if match and any(not match.low <= value <= match.high for value in others.values()):
+        places = _listed([f"{title(name)} at {value:.2f}" for name, value in others.items()])
+        lines.append(f"Other measures are as in unseen text elsewhere: {places}. Choose by what the text is for.")
     plain = next((s for s in study.settings if s.name == "temperature(1)"), None)
     if plain:
         own, error = plain.numbers["entropy"], study.losses.std() / math.sqrt(len(study.losses))
