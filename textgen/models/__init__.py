@@ -6,6 +6,7 @@ A backbone is a Linen module that turns a sequence into a sequence and carries i
     init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf
     backbone(x [B, T, D], carry | None, lengths [B] | None, train=...) -> (y [B, T, D], carry | None)
     max_positions -> int | None                         the longest sequence, if there is one
+    flops_per_token(length) -> float                    of a forward pass, in a window of so many tokens
 
 No carry in (a fresh sequence), none out. The contract is tested for every name in BACKBONES.
 "ngram" is no backbone but a whole model, which is counted.
@@ -14,12 +15,15 @@ No carry in (a fresh sequence), none out. The contract is tested for every name 
 import jax.numpy as jnp
 
 from textgen.config import Config, did_you_mean, require
+from textgen.models.gru import GRU
+from textgen.models.hybrid import Hybrid
 from textgen.models.language_model import LanguageModel
 from textgen.models.lstm import LSTM
+from textgen.models.mingru import MinGRU
 from textgen.models.ngram import NGram
 from textgen.models.transformer import Transformer
 
-BACKBONES = {"lstm": LSTM, "transformer": Transformer}
+BACKBONES = {"gru": GRU, "hybrid": Hybrid, "lstm": LSTM, "mingru": MinGRU, "transformer": Transformer}
 
 Model = LanguageModel | NGram  # what can be evaluated, sampled from and loaded
 

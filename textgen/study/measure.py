@@ -16,7 +16,7 @@ from textgen.objectives import next_token_nats
 from textgen.study import ladder
 from textgen.tokenizers import Tokenizer, pieces
 
-SOURCE = 5_000_000  # characters of the training text, from its start, that copies are looked for in
+SOURCE = 5_000_000  # characters (and tokens) of the training text, from its start, that texts are held against
 
 # What is counted, by name: a title, and what it is.
 METRICS = {
@@ -224,7 +224,8 @@ def explore(
       UserError: what cannot be sampled, or a corpus that cannot be read again.
     """
     dataset = data.load(lm.config, lm.tokenizer)
-    source = "".join(dataset.corpus.slice(0, data.bounds(dataset.corpus.size[0], lm.config.corpus)[0]))
+    end, *_ = data.bounds(dataset.corpus.size[0], lm.config.corpus)
+    source = "".join(dataset.corpus.slice(0, min(end, SOURCE)))
     lexicon = set(textmetrics.words(f". {source} ."))
     knob_of, order = ladder.knob(chains), list(range(len(chains)))
     if knob_of:
@@ -248,11 +249,11 @@ def explore(
             )
         )
     model = models.NGram(lm.config.model.ngram.order, lm.tokenizer.vocab_size)
-    tables = ngram.fit(dataset.train.tokens, model.order, model.vocab_size)
+    tables = ngram.fit(dataset.train.tokens[:SOURCE], model.order, model.vocab_size)
     readers = {f"{model.order}-gram": judge(model, tables, lm.tokenizer)}
     readers |= {name: judge(other.model, other.params, other.tokenizer) for name, other in (judges or {}).items()}
     everything = [*settings, unseen]
-    copies = iter(textmetrics.longest_copies([t for texts in everything for t in texts.texts], source[:SOURCE]))
+    copies = iter(textmetrics.longest_copies([t for texts in everything for t in texts.texts], source))
     for texts in everything:
         texts.numbers.update(_counted(texts, lexicon, [int(next(copies)) for _ in texts.texts]))
         for name, nats_per_character in readers.items():
