@@ -130,11 +130,11 @@ def test_a_model_that_is_right_matches_at_temperature_one(tmp_path):
     tokenizer = tokenizers.CharacterTokenizer("".join(sorted(set(text))))
     tables = ngram.fit(tokenizer.encode(text[:180_000]), 1, tokenizer.vocab_size)
     lm = inference.TextModel(models.build(config, tokenizer.vocab_size), tables, tokenizer, config, 1)
-    found = study.explore(lm, ["a"], study.chains([0.4, 0.7, 0.9, 1.1, 1.4, 2.0]), length=200, num_samples=40)
+    found = study.explore(lm, ["a"], study.chains([0.4, 0.7, 0.9, 1.1, 1.4, 2.0]), length=100, num_samples=30)
     for name in ("surprise", "entropy_drawn"):
         match = found.matches[name]
         assert match.low - 0.03 <= 1 <= match.high + 0.03
-        assert abs(match.value - 1) < 0.06
+        assert abs(match.value - 1) < 0.08
     assert found.losses.mean() == pytest.approx(-np.mean(lm.score(text[180_000:])), abs=0.02)
     # A text of independent letters has the entropy that the distribution says, at every temperature.
     p = tables["unigram"]
