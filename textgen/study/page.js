@@ -23,7 +23,7 @@ function reweighted([ids, cost], t, topP, minP) {
   const whole = scaled.reduce((a, b) => a + b, 0);
   let mass = 0, left = 0;
   const p = scaled.map((s) => {
-    const q = s / whole, kept = (mass < topP || topP >= 1) && s >= minP * scaled[0] && q > 0;
+    const q = s / whole, kept = (mass < topP || topP >= 1) && s >= minP && q > 0; // the likeliest has s = 1
     mass += q;
     left += kept ? q : 0;
     return kept ? q : 0;
