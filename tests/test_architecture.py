@@ -9,11 +9,15 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"schema"},
-    {"config", "plays", "tokenizers", "logs", "pages", "textmetrics"},
-    {"corpora", "data", "models", "sampling", "generate", "objectives", "optimizers", "parallel"},
-    {"checkpoints", "evaluate", "samples"},
-    {"train", "inference"},
-    {"run", "study"},
+    {"config", "plays", "tokenizers", "logs", "pages", "textmetrics", "analysis"},
+    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
+    | {"arms", "tasks"},
+    {"checkpoints", "evaluate", "samples", "budget"},
+    {"train", "inference", "document"},
+    {"run", "study", "ensemble", "dynamic", "results", "figures"},
+    {"jobs", "ledger", "probes", "details"},
+    {"report"},
+    {"compare"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
