@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.text import Text
 
@@ -81,6 +81,7 @@ def test_a_page_is_whole_and_loads_nothing():
     assert "<title>A &lt;title&gt;</title>" in document
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.text("<&>/b;\"' \u00e9\U0001f600", max_size=4), max_size=12),
     st.text("<&'\"> a", max_size=9),
@@ -129,6 +130,7 @@ def test_a_figure_takes_the_colours_of_the_page_and_leaves_matplotlib_as_it_was(
     assert drawing == pages.figure(plot(pages.COLORS[1]))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.text(max_size=3), max_size=8))
 def test_a_terminal_shows_the_same_text(pieces):
     shown = logs.shade(pieces, [5.0 * i / 7 for i in range(len(pieces))])

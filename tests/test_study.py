@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import TEXT, noisy_params, tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pages import read
 
@@ -98,6 +98,7 @@ def test_a_mistake_in_the_ladder_is_told(arguments, message):
         study.chains(*arguments)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.25, 1.55), st.sampled_from([1, -1]))
 def test_the_match_is_where_the_curve_crosses_unseen_text(seed, place, sign):
     values = np.linspace(0.2, 1.6, 8)

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textgen import textmetrics as tm
@@ -25,6 +25,7 @@ def test_words_and_marks_without_the_cut_ones_at_the_ends():
     assert tm.words("") == tm.words("one") == tm.words("one two") == []
 
 
+@settings(max_examples=40, deadline=None)
 @given(TEXTS, st.integers(1, 4))
 def test_distinct_and_repetition_by_their_definitions(texts, n):
     pooled = [gram for text in texts for gram in grams(text, n)]
@@ -33,6 +34,7 @@ def test_distinct_and_repetition_by_their_definitions(texts, n):
     assert tm.repetition(texts, n) == pytest.approx(sum(parts) / len(parts) if parts else math.nan, nan_ok=True)
 
 
+@settings(max_examples=40, deadline=None)
 @given(TEXTS)
 def test_zipf_is_the_likeliest_exponent(texts):
     counts = sorted(Counter(w for text in texts for w in tm.words(text)).values(), reverse=True)
@@ -57,6 +59,7 @@ def test_known_words_are_counted_without_marks():
     assert math.isnan(tm.known_words(["", ", ."], {"a"}))
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.text("ab\U0001f600", max_size=12), max_size=5), st.text("ab\U0001f600", max_size=40))
 def test_longest_copies_by_trying_all_stretches(texts, source):
     def slow(text):

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from textgen.study.measure import METRICS, Study, Texts
 
 
@@ -45,44 +47,46 @@ def as_text(study: Study) -> str:
 
 
 def answer(study: Study) -> list[str]:
-    """The study in a few sentences; the first one answers."""
-    loss, unit = study.losses.mean(), study.unit
-    lines = []
+    """The study in a few sentences; the first one answers. What the numbers do not show is not said."""
+    loss, unit, unseen = study.losses.mean(), study.unit, study.unseen.numbers
+    percent = lambda share, digits=0: f"{100 * share:.{digits}f} %"
+    surprises = [s.numbers["surprise"] for s in study.settings]
     match = study.matches.get("surprise")
     if match:
-        lines.append(
+        first = (
             f"At {study.knob} {match.value:.2f} the model's own text is as surprising to it as unseen text is, "
             f"{loss:.2f} nats per {unit} (95 % interval {match.low:.2f} to {match.high:.2f})."
         )
     else:
-        near = study.settings[study.nearest()]
+        near = study.nearest()
+        low, high = max(surprises) < loss, min(surprises) > loss
+        side = "; all settings lie below it" * low + "; all settings lie above it" * high
+        first = (
+            f"{study.settings[near].name} comes nearest to unseen text: the model's surprise is "
+            f"{surprises[near]:.2f} nats per {unit} against {loss:.2f}{side}."
+        )
+    lines = [first]
+    dull, wild = (study.settings[int(i)] for i in (np.argmin(surprises), np.argmax(surprises)))
+    n, facts = dull.numbers, []
+    if n["distinct_1"] < unseen["distinct_1"]:
+        shares = percent(n["distinct_1"]), percent(unseen["distinct_1"])
+        facts.append(f"{shares[0]} of its words are different ({shares[1]} in unseen text)")
+    if n["repetition"] > unseen["repetition"]:
+        shares = percent(n["repetition"], 1), percent(unseen["repetition"], 1)
+        facts.append(f"{shares[0]} of its runs of four words come again ({shares[1]})")
+    if min(surprises) < loss and facts:
+        lines.append(f"Below, text grows dull: at {named(study, dull)}, {min(surprises):.2f} nats, {_listed(facts)}.")
+    n = wild.numbers
+    if max(surprises) > loss and n["known_words"] < unseen["known_words"]:
         lines.append(
-            f"{near.name} comes nearest to unseen text: {near.numbers['surprise']:.2f} nats per {unit} "
-            f"against {loss:.2f}; no two settings of one number lie on both sides of it."
+            f"Above, it makes up words: at {named(study, wild)}, {max(surprises):.2f} nats, "
+            f"{percent(n['known_words'])} of its words are in the training text "
+            f"({percent(unseen['known_words'])} of unseen text's)."
         )
-    dull = min(study.settings, key=lambda s: s.numbers["surprise"])
-    wild = max(study.settings, key=lambda s: s.numbers["surprise"])
-    n, d, w = study.unseen.numbers, dull.numbers, wild.numbers
-    below = [f"its surprise is {d['surprise']:.2f} nats"]
-    if d["distinct_1"] < n["distinct_1"]:
-        below.append(
-            f"of 100 words {100 * d['distinct_1']:.0f} are different ({100 * n['distinct_1']:.0f} in unseen text)"
-        )
-    if d["repetition"] > n["repetition"]:
-        below.append(
-            f"{100 * d['repetition']:.1f} % of its runs of four words come again ({100 * n['repetition']:.1f} %)"
-        )
-    lines.append(f"Below, text grows dull and repeats itself. At {named(study, dull)} {_listed(below)}.")
-    above = [f"its surprise is {w['surprise']:.2f} nats"]
-    if w["known_words"] < n["known_words"]:
-        above.append(
-            f"{100 * w['known_words']:.0f} % of its words are in the training text "
-            f"({100 * n['known_words']:.0f} % of unseen text's)"
-        )
-    lines.append(f"Above, it makes up words. At {named(study, wild)} {_listed(above)}.")
-    others = {n: study.matches[n].value for n in ("known_words", "distinct_1", *judged(study)) if n in study.matches}
-    if match and any(not match.low <= value <= match.high for value in others.values()):
-        places = _listed([f"{title(name)} at {value:.2f}" for name, value in others.items()])
+    names = [name for name in ("known_words", "distinct_1", *judged(study)) if name in study.matches]
+    others = [(name, study.matches[name].value) for name in names]
+    if match and any(not match.low <= value <= match.high for _, value in others):
+        places = _listed([f"{title(name)} at {value:.2f}" for name, value in others])
         lines.append(f"Other measures are as in unseen text elsewhere: {places}. Choose by what the text is for.")
     plain = next((s for s in study.settings if s.name == "temperature(1)"), None)
     if plain:
