@@ -48,7 +48,7 @@ def as_text(study: Study) -> str:
 
 def answer(study: Study) -> list[str]:
     """The study in a few sentences; the first one answers. What the numbers do not show is not said."""
-    loss, unit, unseen = study.losses.mean(), study.unit, study.unseen.numbers
+    loss, unit, unseen = float(study.losses.mean()), study.unit, study.unseen.numbers
     percent = lambda share, digits=0: f"{100 * share:.{digits}f} %"
     surprises = [s.numbers["surprise"] for s in study.settings]
     match = study.matches.get("surprise")
