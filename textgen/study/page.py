@@ -50,6 +50,7 @@ button[aria-pressed=true] { border-color: var(--c0); color: var(--c0); } button:
 .bar em { font-style: normal; color: var(--soft); font-variant-numeric: tabular-nums; }
 .bar.came b { color: var(--c1); font-weight: 700; } .bar.came i { background: var(--c1); }
 .bar.removed b { text-decoration: line-through; color: var(--soft); }
+table { font-size: .82rem; } th, td { padding: .3rem .5rem; }
 @media (max-width: 800px) { .pair, .next { grid-template-columns: 1fr; } }
 """
 
@@ -154,8 +155,7 @@ def _card(study: Study, texts: Texts, near: bool) -> str:
     ]
     name = "unseen text" if unseen else named(study, texts)
     badge = "from the corpus" if unseen else "nearest to unseen" if near else ""
-    shares = f"{100 * n['known_words']:.0f} % known words · distinct-1 {n['distinct_1']:.2f}"
-    facts = f"{n['surprise']:.2f} nats · {shares}"
+    facts = f"{n['surprise']:.2f} nats · {100 * n['known_words']:.0f} % known words"
     return (
         f'<div class="card{" near" * near}{" unseen" * unseen}"><h3>{html.escape(name)} <small>{badge}</small></h3>'
         f'<p class="note">{html.escape(facts)}</p>{"".join(blocks)}</div>'
