@@ -20,7 +20,7 @@ def main() -> None:
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     workdir = _WORKDIR.value or Path("runs") / Path(file.replace(":", "-").replace(".py", "")).name
-    session = run.Session(config.from_dict(_CONFIG.value), workdir, overrides)
+    session = run.open_session(config.from_dict(_CONFIG.value), workdir, overrides)
     logs.console.print(session.describe())
     session.run()
 

@@ -7,6 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
+    {"errors"},
+    {"schema"},
     {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"},
     {"checkpoints", "evaluate", "samples"},

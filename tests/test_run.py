@@ -187,7 +187,7 @@ def test_no_ghost_points_after_a_resume(text_file, tmp_path, monkeypatch):
 
     settings = configured(text_file, {"train.steps": 12, "checkpoint.every_steps": 6, "eval.every_steps": 4})
 
-    def crash(self, state, writer):
+    def crash(self, *args):
         raise RuntimeError("power cut")
 
     with monkeypatch.context() as patch:

@@ -6,7 +6,9 @@
 
 The house, from the ground up; a module imports only lower layers:
 
-    0  config       the strict border: ConfigDict -> frozen dataclasses
+    0  errors       what a user can mend, in one line
+       schema       every key of a config: type, choice, relation
+       config       the strict border: ConfigDict -> those dataclasses
        plays        Shakespeare's plays from a package
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress

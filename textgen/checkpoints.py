@@ -156,16 +156,26 @@ class Checkpoints:
         """The parameters to evaluate and sample with: the averaged ones where the run keeps an average."""
         return self._restore(step, "params", abstract)
 
+    def params_shapes(self, step: int) -> Any:
+        """The shapes and types of a step's parameters, as they were saved."""
+        try:
+            return self._ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "params").tree
+        except Exception as error:
+            raise self._damaged(step, error) from error
+
     def _restore(self, step: int, item: str, abstract: Any) -> Any:
         args = self._ocp.args
         try:
             restored = self._manager.restore(step, args=args.Composite(**{item: args.StandardRestore(abstract)}))
         except Exception as error:
-            raise UserError(
-                f"The checkpoint of step {step} in '{self.folder}' is damaged, or not of this model "
-                f"({_first_line(error)}). Delete the folder '{self.folder / str(step)}' to go on from an earlier one."
-            ) from error
+            raise self._damaged(step, error) from error
         return restored[item]
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        return UserError(
+            f"The checkpoint of step {step} in '{self.folder}' is damaged, or not of this model "
+            f"({_first_line(error)}). Delete the folder '{self.folder / str(step)}' to go on from an earlier one."
+        )
 
     def close(self) -> None:
         self._manager.close()

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from textgen.config import require
 from textgen.data import Split, Tokens
-from textgen.models import LanguageModel
+from textgen.models import Model
 from textgen.objectives import next_token_nats
 
 STREAM_CHUNK = 256  # tokens per call when a text is read as one stream
@@ -57,7 +57,7 @@ class Report:
 class Evaluator:
     """Compiled evaluation of one model. The result does not depend on the batch size."""
 
-    def __init__(self, model: LanguageModel, *, window: int, batch_size: int):
+    def __init__(self, model: Model, *, window: int, batch_size: int):
         self.model, self.window, self.batch_size = model, window, batch_size
 
         def in_windows(params: Any, windows: Any) -> Any:

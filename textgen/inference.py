@@ -21,15 +21,13 @@ class TextModel:
     """A trained model with its tokenizer: generate, stream, score.
 
     Attributes:
-      model: the Linen module; `model.apply({"params": params}, tokens)` gives (logits, carry).
+      model: the Linen module or NGram; `model.apply({"params": params}, tokens)` gives (logits, carry).
       params: its parameters.
       tokenizer, config: as in training.
       step: the optimizer step that the parameters come from.
     """
 
-    def __init__(
-        self, model: models.LanguageModel, params: Any, tokenizer: tokenizers.Tokenizer, config: Config, step: int
-    ):
+    def __init__(self, model: models.Model, params: Any, tokenizer: tokenizers.Tokenizer, config: Config, step: int):
         self.model, self.params, self.tokenizer, self.config, self.step = model, params, tokenizer, config, step
 
         def next_token(params: Any, tokens: Any, carry: Any, lengths: Any) -> Any:
@@ -253,7 +251,10 @@ def load(workdir: str | Path, *, checkpoint: str | int = "latest") -> TextModel:
             step = int(step)
         require(step in steps, f"'{workdir}' has no checkpoint '{checkpoint}': it has latest, best and {steps}.")
         model = models.build(config, tokenizer.vocab_size)
-        abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+        if isinstance(model, models.NGram):  # how large its tables are depends on what was counted
+            abstract = checkpoints.params_shapes(step)
+        else:
+            abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
         return TextModel(model, checkpoints.restore_params(step, abstract), tokenizer, config, step)

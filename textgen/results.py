@@ -10,7 +10,7 @@ import numpy as np
 
 from textgen import analysis, checkpoints, data, statistics, tokenizers
 from textgen import config as config_lib
-from textgen.config import UserError, require
+from textgen.errors import UserError, require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Wiring: config -> corpus -> tokenizer -> data -> model -> optimizer -> state, trained to the end."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import shlex
@@ -18,6 +19,7 @@ from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
 from textgen import data, inference, logs, models, parallel, train
 from textgen.config import Config, UserError, require
+from textgen.models import ngram
 
 
 def use_compilation_cache() -> None:
@@ -49,14 +51,17 @@ class Session:
         self.mesh = parallel.make_mesh(config.mesh)
         kept = checkpoints_lib.load_tokenizer(self.workdir) if self.resumed else None
         self.dataset = data.load(config, kept)
-        self.batches = data.Batches(self.dataset.train.tokens, config.data, config.seed)
         model = models.build(config, self.dataset.tokenizer.vocab_size)
-        self.trainer = train.Trainer(model, config, self.mesh)
+        self._prepare(model)
         self.model = inference.TextModel(model, None, self.dataset.tokenizer, config, 0)
         try:
             self.model.encode_prompt(config.sample.prompt)
         except UserError as error:
             raise UserError(f"sample.prompt: {error}") from None
+
+    def _prepare(self, model: models.Model) -> None:
+        self.batches = data.Batches(self.dataset.train.tokens, self.config.data, self.config.seed)
+        self.trainer = train.Trainer(model, self.config, self.mesh)
 
     @cached_property
     def parameters(self) -> int:
@@ -73,12 +78,18 @@ class Session:
             + (f", {len(d.test.tokens):,} to test" if d.test else "")
             + f"; vocabulary {self.dataset.tokenizer.vocab_size:,} ({self.dataset.tokenizer.kind})",
             f"model      {c.model.backbone}, {self.parameters:,} parameters",
-            f"training   {c.train.steps:,} steps of {c.data.batch_size} x {c.data.window} tokens "
-            f"({c.train.steps / self.batches.steps_per_epoch:.1f} epochs), {c.optimizer.name}",
+            f"training   {self._training()}",
             f"devices    {self.mesh.size} x {jax.devices()[0].device_kind}",
             f"workdir    {self.workdir}",
         ]
         return "\n".join(lines)
+
+    def _training(self) -> str:
+        c = self.config
+        return (
+            f"{c.train.steps:,} steps of {c.data.batch_size} x {c.data.window} tokens "
+            f"({c.train.steps / self.batches.steps_per_epoch:.1f} epochs), {c.optimizer.name}"
+        )
 
     def run(self) -> dict[str, float]:
         """Trains to the last step, evaluates, samples, and returns the final metrics.
@@ -111,8 +122,7 @@ class Session:
             if config.log.histograms:
                 for name, values in _leaves(state.params):
                     writer.histogram(step, name, np.asarray(values))
-            for temperature, sample in zip(config.sample.temperatures, self._ladder(model), strict=True):
-                writer.text(step, f"samples/temperature {temperature:g}", sample.prompt + sample.text)
+            self._log_samples(model, writer)
             writer.flush()
             display.print(
                 f"step {step}  validation loss {report.loss:.4f}  ({report.bits_per_character:.4f} bits per character)"
@@ -150,7 +160,7 @@ class Session:
                     save=save,
                 )
             checkpoints.wait()
-            final = self._finish(state, writer)
+            final = self._finish(int(state.step), state.eval_params, writer)
             return final
         except train.Diverged:
             checkpoints.wait()
@@ -177,10 +187,13 @@ class Session:
             seed=self.config.seed,
         )
 
-    def _finish(self, state: train.State, writer: logs.Writer) -> dict[str, float]:
+    def _log_samples(self, model: inference.TextModel, writer: logs.Writer) -> None:
+        for temperature, sample in zip(self.config.sample.temperatures, self._ladder(model), strict=True):
+            writer.text(model.step, f"samples/temperature {temperature:g}", sample.prompt + sample.text)
+
+    def _finish(self, step: int, params: Any, writer: logs.Writer) -> dict[str, float]:
         """The last evaluation, in windows and as a stream, and samples; printed, logged and returned."""
-        config, step = self.config, int(state.step)
-        model = self.model.with_params(state.eval_params, step)
+        config, model = self.config, self.model.with_params(params, step)
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
         reports = {name: inference.evaluate_both(model, split) for name, split in splits.items() if split is not None}
         final = {}
@@ -199,6 +212,57 @@ class Session:
         show("more text:")
         show(f"  python -m experiments.sample --workdir={self.workdir} --prompt={shlex.quote(config.sample.prompt)}")
         return final
+
+
+class CountingSession(Session):
+    """A run of a model that is counted: no optimizer, one checkpoint at step 1, the same report."""
+
+    def _prepare(self, model: models.Model) -> None:
+        settings, vocabulary = self.config.model.ngram, self.dataset.tokenizer.vocab_size
+        self.tables = ngram.fit(self.dataset.train.tokens, settings.order, vocabulary, settings.discount)
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many distinct n-grams were counted, of every order."""
+        return len(self.tables["unigram"]) + sum(len(level["weight"]) for level in self.tables["levels"].values())
+
+    def _training(self) -> str:
+        ngrams = self.config.model.ngram
+        return f"counting n-grams up to order {ngrams.order}, discount {ngrams.discount or 'estimated'}"
+
+    def run(self) -> dict[str, float]:
+        """Evaluates what was counted, samples, saves, and returns the final metrics."""
+        checkpoints_lib.save_setup(self.workdir, self.config, self.overrides, self.dataset.tokenizer)
+        checkpoints = checkpoints_lib.Checkpoints(self.workdir, self.config.checkpoint.keep)
+        writer = logs.Writer(self.workdir, 0)
+        final: dict[str, float] = {}
+        try:
+            state = Counted(jax.tree.map(jnp.asarray, self.tables))
+            final = self._finish(1, state.eval_params, writer)
+            writer.scalars(1, {k: v for k, v in final.items() if k.startswith("eval/")})
+            self._log_samples(self.model.with_params(state.eval_params, 1), writer)
+            checkpoints.save(1, state, final["eval/loss"])
+            checkpoints.wait()
+            return final
+        finally:
+            writer.hparams(
+                config_lib.flatten(config_lib.to_dict(self.config)), {f"final/{k}": v for k, v in final.items()}
+            )
+            writer.close()
+            checkpoints.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    """What a counting run saves."""
+
+    eval_params: ngram.Tables
+
+
+def open_session(config: Config, workdir: str | Path, overrides: Mapping[str, Any] | None = None) -> Session:
+    """The session that the config's model takes: see Session."""
+    kind = CountingSession if config.model.backbone == "ngram" else Session
+    return kind(config, workdir, overrides)
 
 
 def _duration(seconds: float) -> str:

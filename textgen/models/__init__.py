@@ -6,32 +6,42 @@ A backbone is a Linen module that turns a sequence into a sequence and carries i
     init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf
     backbone(x [B, T, D], carry | None, lengths [B] | None, train=...) -> (y [B, T, D], carry | None)
     max_positions -> int | None                         the longest sequence, if there is one
+    flops_per_token(length) -> float                    of a forward pass, in a window of so many tokens
 
 No carry in (a fresh sequence), none out. The contract is tested for every name in BACKBONES.
+"ngram" is no backbone but a whole model, which is counted.
 """
 
 import jax.numpy as jnp
 
 from textgen.config import Config, did_you_mean, require
+from textgen.models.gru import GRU
+from textgen.models.hybrid import Hybrid
 from textgen.models.language_model import LanguageModel
 from textgen.models.lstm import LSTM
+from textgen.models.mingru import MinGRU
+from textgen.models.ngram import NGram
 from textgen.models.transformer import Transformer
 
-BACKBONES = {"lstm": LSTM, "transformer": Transformer}
+BACKBONES = {"gru": GRU, "hybrid": Hybrid, "lstm": LSTM, "mingru": MinGRU, "transformer": Transformer}
 
-__all__ = ["BACKBONES", "LanguageModel", "build"]
+Model = LanguageModel | NGram  # what can be evaluated, sampled from and loaded
+
+__all__ = ["BACKBONES", "LanguageModel", "Model", "NGram", "build"]
 
 
-def build(config: Config, vocab_size: int) -> LanguageModel:
+def build(config: Config, vocab_size: int) -> Model:
     """The language model that a config describes.
 
     Raises:
       UserError: no architecture has that name.
     """
     model = config.model
+    if model.backbone == "ngram":
+        return NGram(model.ngram.order, vocab_size)
     require(
         model.backbone in BACKBONES,
-        f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, BACKBONES)}",
+        f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, [*BACKBONES, 'ngram'])}",
     )
     return LanguageModel(
         backbone=BACKBONES[model.backbone].from_config(model, config.context),

@@ -45,6 +45,15 @@ class LanguageModel(nn.Module):
         """An empty past for `batch_size` rows, with room for `max_length` tokens where room is needed."""
         return self.backbone.init_carry(batch_size, max_length)
 
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations per token of a forward pass over windows of `length` tokens.
+
+        Matrix products alone, a multiplication and an addition counted as two. Attention is
+        counted for what a token sees, not for what is computed and masked. A training step
+        takes about three times as many.
+        """
+        return self.backbone.flops_per_token(length) + 2 * self.width * self.vocab_size
+
     def features(
         self,
         tokens: Tokens,
