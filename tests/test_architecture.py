@@ -10,16 +10,23 @@ LAYERS = [
     {"errors"},
     {"schema"},
     {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
-    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"},
-    {"checkpoints", "evaluate", "samples"},
+    {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
+    | {"arms", "tasks"},
+    {"checkpoints", "evaluate", "samples", "budget"},
     {"train", "inference", "document"},
-    {"run", "dynamic", "results", "figures"},
-    {"details"},
+    {"run", "ensemble", "dynamic", "results", "figures"},
+    {"jobs", "ledger", "probes", "details"},
     {"report"},
+    {"compare"},
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
-BESIDE = {("plays", "config"), ("tokenizers", "config"), ("data", "corpora"), ("generate", "sampling")}
+BESIDE = {
+    ("plays", "config"),
+    ("tokenizers", "config"),
+    ("data", "corpora"),
+    ("generate", "sampling"),
+}
 
 
 def imports(path):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import BACKBONES, TEXT, tiny
+from conftest import BACKBONES, TEXT, noisy_params, tiny
 
 from textgen import data, models, optimizers, parallel, train
 from textgen.tokenizers import CharacterTokenizer
@@ -71,6 +71,39 @@ def test_accumulation_equals_one_big_batch(name):
         state, part_rows = run(*trainer_of({"model.backbone": name, "train.accumulation": parts}))
         np.testing.assert_allclose([x for _, x in losses(part_rows)], [x for _, x in losses(rows)], rtol=2e-5)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, whole.params)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_only_the_targets_given_are_scored(name, parts):
+    rates = {"optimizer.name": "sgd", "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0}
+    trainer, batches = trainer_of(rates | {"model.backbone": name, "train.accumulation": parts})
+    windows, fresh = batches(0, 1)
+    random = np.random.default_rng(0)
+    targets = random.integers(0, TOKENIZER.vocab_size, windows[:, :, 1:].shape)
+    targets[random.random(targets.shape) < 0.7] = -1
+    targets[0, 0] = -1  # a row of which nothing is scored, and micro-batches of unequal counts
+
+    def loss(params):
+        logits, _ = trainer.model.apply({"params": params}, jnp.asarray(windows[0, :, :-1], jnp.int32))
+        log_p = jax.nn.log_softmax(logits)
+        return -sum(log_p[row, t, targets[0, row, t]] for row, t in zip(*np.nonzero(targets[0] >= 0), strict=True))
+
+    params = noisy_params(trainer.model)
+    nats, gradients = jax.value_and_grad(loss)(params)
+    count = np.sum(targets >= 0)
+    _, sums = trainer.dispatch(trainer.init().replace(params=params), windows, fresh, targets)
+    np.testing.assert_allclose(sums["nats"][0], nats, rtol=1e-5)
+    assert sums["tokens"][0] == count
+    np.testing.assert_allclose(sums["grad_norm"][0], optax.tree.norm(gradients) / count, rtol=1e-4)
+
+
+def test_no_targets_means_the_next_token():
+    trainer, batches = trainer_of()
+    windows, fresh = batches(0, 3)
+    one, _ = trainer.dispatch(trainer.init(), windows, fresh)
+    other, _ = trainer.dispatch(trainer.init(), windows, fresh, windows[:, :, 1:])
+    equal(one, other)
 
 
 @pytest.mark.parametrize("name", BACKBONES)

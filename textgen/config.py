@@ -59,10 +59,10 @@ READ_BY_NGRAM = ("seed", "corpus.", "tokenizer.", "data.window", "model.backbone
 def _convert(value: Any, wanted: Any, path: str) -> Any:
     """`value` as the annotated type, or UserError. Ints become floats; nothing else is bent."""
     origin, args = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin is types.UnionType:
+    if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, next(a for a in args if a is not type(None)), path)
     if dataclasses.is_dataclass(wanted):
-        return _build(value, wanted, path + ".")
+        return build(value, wanted, path + ".")
     if origin is Literal:
         require(
             value in args,
@@ -81,7 +81,8 @@ def _convert(value: Any, wanted: Any, path: str) -> Any:
     return value
 
 
-def _build(source: Any, kind: type, prefix: str) -> Any:
+def build(source: Any, kind: type, prefix: str) -> Any:
+    """The frozen dataclass `kind` from a mapping with exactly its keys; `prefix` names them in refusals."""
     require(isinstance(source, Mapping), f"{prefix[:-1]} must be a group of keys, got {source!r}.")
     fields = typing.get_type_hints(kind)
     for key in source:
@@ -99,10 +100,10 @@ def from_dict(source: ConfigDict | Mapping) -> Config:
     """
     if isinstance(source, ConfigDict):
         source = source.to_dict()
-    return _build(source, Config, "")
+    return build(source, Config, "")
 
 
-def to_dict(config: Config) -> dict[str, Any]:
+def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict, equal after a trip through JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 

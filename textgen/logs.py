@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,50 @@ class Display:
             self._printed = step
             left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"
             console.print(f"step {step}/{self._total}  {note}  {left} left")
+
+    def print(self, text: str) -> None:
+        self._progress.console.print(text, markup=False)
+
+
+class Overview:
+    """Progress over many runs: a bar for all and one for what trains now; elsewhere a line now and then.
+
+    Work is counted in a unit of the caller's, in which time is spent evenly (operations, say).
+    """
+
+    def __init__(self, total: float, done: float):
+        self._total, self._done, self._start = total, done, done
+        self._plain, self._printed, self._began = not console.is_terminal, done, time.perf_counter()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:.0f} %"),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=self._plain,
+            transient=True,
+        )
+        self._all = self._progress.add_task("all runs", total=total, completed=done, note="")
+        self._now = self._progress.add_task("", total=1.0, note="", visible=False)
+
+    def __enter__(self) -> "Overview":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.stop()
+
+    def update(self, name: str, share: float, work: float, note: str) -> None:
+        """`name` has come to `share` of its end, by `work` more units than at the last call."""
+        self._done += work
+        spent, made = time.perf_counter() - self._began, self._done - self._start
+        seconds = int(spent / made * (self._total - self._done)) if made > 0 else 0
+        left = f"{seconds // 60}:{seconds % 60:02d} left"
+        self._progress.update(self._all, completed=self._done, note=left)
+        self._progress.update(self._now, description=name, completed=share, note=note, visible=True)
+        if self._plain and self._done - self._printed >= self._total / 50:
+            self._printed = self._done
+            console.print(f"{self._done / self._total:4.0%} of all runs, {left}: {name} {share:.0%}  {note}")
 
     def print(self, text: str) -> None:
         self._progress.console.print(text, markup=False)

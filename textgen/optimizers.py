@@ -34,15 +34,19 @@ def is_matrix(path: Any, leaf: Any) -> bool:
     return leaf.ndim >= 2 and str(getattr(path[-1], "key", "")) not in ("embedding", "positions")
 
 
-def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def build(config: OptimizerConfig, steps: int, learning_rate: Any = None) -> optax.GradientTransformation:
     """The optimizer that a config describes, for a run of so many steps.
+
+    `learning_rate` takes the place of the config's where it is given, and may be traced: then runs
+    with different rates are one program.
 
     Weight decay is decoupled and acts on matrices alone. Muon (Jordan et al. 2024) moves the
     matrices, with updates scaled to the root mean square that AdamW's have (Liu et al. 2025),
     except the head; AdamW moves the rest.
     """
     shape = schedule(config, steps)
-    rate = lambda step: config.learning_rate * shape(step)
+    peak = config.learning_rate if learning_rate is None else learning_rate
+    rate = lambda step: peak * shape(step)
     matrices = lambda params: jax.tree_util.tree_map_with_path(is_matrix, params)
     if config.name == "adamw":
         core = optax.adamw(rate, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=matrices)
@@ -55,7 +59,7 @@ def build(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
             optax.scale_by_learning_rate(rate),
         )
     else:
-        adam_peak = config.adam_learning_rate or config.learning_rate
+        adam_peak = config.adam_learning_rate or peak
         core = contrib.muon(
             rate,
             ns_steps=config.newton_schulz_steps,

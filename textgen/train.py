@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Integer
 
 from textgen import optimizers, parallel
 from textgen.config import Config
-from textgen.data import Batches
 from textgen.models import LanguageModel
 from textgen.objectives import next_token_nats
 
@@ -58,9 +57,9 @@ SUMS = ("nats", "tokens", "grad_norm", "steps")
 class Trainer:
     """Compiled training for one model, optimizer and config.
 
-    `dispatch(state, windows, fresh, count)` takes up to K = train.steps_per_dispatch steps in
-    one call of the device. One program serves every count, so that where a run was cut makes no
-    difference to its bits.
+    `dispatch(state, windows, fresh)` takes up to K = train.steps_per_dispatch steps in one call
+    of the device. One program serves every count, so that where a run was cut makes no difference
+    to its bits.
     """
 
     def __init__(self, model: LanguageModel, config: Config, mesh: jax.sharding.Mesh):
@@ -83,18 +82,30 @@ class Trainer:
         return jax.jit(self._init, out_shardings=self.shardings)()
 
     def dispatch(
-        self, state: State, windows: Integer[np.ndarray, "K B T1"], fresh: Bool[np.ndarray, "K"]
+        self,
+        state: State,
+        windows: Integer[np.ndarray, "K B T1"],
+        fresh: Bool[np.ndarray, "K"],
+        targets: Integer[np.ndarray, "K B T"] | None = None,
     ) -> tuple[State, dict[str, Array]]:
-        """Takes K' <= K steps, and returns the running sums after each, [K] with K' filled."""
-        count, most = len(windows), self.config.train.steps_per_dispatch
-        if count < most:
-            windows = np.concatenate([windows, np.zeros((most - count, *windows.shape[1:]), windows.dtype)])
-            fresh = np.concatenate([fresh, np.zeros(most - count, bool)])
-        return self._dispatch(state, parallel.put(windows, self._windows), fresh, np.int32(count))
+        """Takes K' <= K steps, and returns the running sums after each, [K] with K' filled.
 
-    def _init(self) -> State:
+        Args:
+          targets: what to predict after each of a window's first T tokens; below 0: nothing is
+            scored there. None: the next token, everywhere.
+        """
+        count, most = len(windows), self.config.train.steps_per_dispatch
+        fill = lambda array: np.concatenate([array, np.zeros((most - count, *array.shape[1:]), array.dtype)])
+        if count < most:
+            windows, fresh = fill(windows), fill(fresh)
+            targets = None if targets is None else fill(targets)
+        windows = parallel.put(windows, self._windows)
+        targets = None if targets is None else parallel.put(targets, self._windows)
+        return self._dispatch(state, windows, fresh, targets, np.int32(count))
+
+    def _init(self, seed: Any = None) -> State:
         config, model = self.config, self.model
-        key = jax.random.key(config.seed)
+        key = jax.random.key(config.seed if seed is None else seed)
         init_key, train_key = jax.random.split(key)
         params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
         carry = None
@@ -112,28 +123,41 @@ class Trainer:
             skipped_in_a_row=jnp.int32(0),
         )
 
-    def _steps(self, state: State, windows: Any, fresh: Any, count: Any) -> tuple[State, dict[str, Array]]:
+    def _steps(
+        self, state: State, windows: Any, fresh: Any, targets: Any, count: Any, rate: Any = None
+    ) -> tuple[State, dict[str, Array]]:
         rows = {name: jnp.zeros(windows.shape[0], jnp.float32) for name in (*SUMS, "skipped", "skipped_in_a_row")}
 
         def body(i: Any, both: Any) -> Any:
             state, rows = both
-            state = self._step(state, windows[i].astype(jnp.int32), fresh[i])
+            window = windows[i].astype(jnp.int32)
+            wanted = window[:, 1:] if targets is None else targets[i].astype(jnp.int32)
+            state = self._step(state, window[:, :-1], wanted, fresh[i], rate)
             after = {**state.sums, "skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
             return state, {name: rows[name].at[i].set(after[name].astype(jnp.float32)) for name in rows}
 
         return jax.lax.fori_loop(0, count, body, (state, rows))
 
-    def _step(self, state: State, window: Integer[Array, "B T1"], fresh: Bool[Array, ""]) -> State:
+    def _step(
+        self,
+        state: State,
+        tokens: Integer[Array, "B T"],
+        targets: Integer[Array, "B T"],
+        fresh: Bool[Array, ""],
+        rate: Any = None,
+    ) -> State:
         config = self.config
+        optimizer = optimizers.build(config.optimizer, config.train.steps, rate)
         key = jax.random.fold_in(state.key, state.step)
         carry = state.carry
         if carry is not None:
             empty = self.model.init_carry(config.data.batch_size, config.context)
             carry = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), empty, carry)
-        nats, tokens, gradients, carry = self._gradients(state.params, window, carry, key)
-        gradients = jax.tree.map(lambda g: g / tokens, gradients)
+        scored = jnp.sum(targets >= 0, dtype=jnp.float32)
+        nats, gradients, carry = self._gradients(state.params, tokens, targets, carry, key)
+        gradients = jax.tree.map(lambda g: g / scored, gradients)
         norm = optax.tree.norm(gradients)
-        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
@@ -144,7 +168,7 @@ class Trainer:
         good = jnp.isfinite(nats) & jnp.isfinite(norm)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         begun = state.step % config.log.every_steps == 0
-        seen = dict(zip(SUMS, (nats, tokens, norm, 1.0), strict=True))
+        seen = dict(zip(SUMS, (nats, scored, norm, 1.0), strict=True))
         sums = {name: jnp.where(begun, 0, total) + jnp.where(good, seen[name], 0) for name, total in state.sums.items()}
         return State(
             step=state.step + 1,
@@ -158,30 +182,29 @@ class Trainer:
             skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
         )
 
-    def _gradients(self, params: Any, window: Any, carry: Any, key: Any) -> tuple[Any, Any, Any, Any]:
-        """(summed nats, their count, gradient of the sum, new carry), micro-batch by micro-batch."""
+    def _gradients(self, params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any, Any]:
+        """(summed nats, gradient of the sum, new carry), micro-batch by micro-batch."""
 
-        def loss(params: Any, window: Any, carry: Any, key: Any) -> tuple[Any, Any]:
-            logits, carry = self.model.apply(
-                {"params": params}, window[:, :-1], carry, train=True, rngs={"dropout": key}
-            )
-            return jnp.sum(next_token_nats(logits, window[:, 1:])), carry
+        def loss(params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any]:
+            logits, carry = self.model.apply({"params": params}, tokens, carry, train=True, rngs={"dropout": key})
+            nats = next_token_nats(logits, jnp.maximum(targets, 0))
+            return jnp.sum(jnp.where(targets >= 0, nats, 0)), carry
 
         gradient = jax.value_and_grad(loss, has_aux=True)
-        tokens = jnp.float32(window[:, 1:].size)
         parts = self.config.train.accumulation
         if parts == 1:
-            (nats, carry), gradients = gradient(params, window, carry, key)
-            return nats, tokens, gradients, carry
+            (nats, carry), gradients = gradient(params, tokens, targets, carry, key)
+            return nats, gradients, carry
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
-            (nats, _), gradients = gradient(params, part[0], None, part[1])
+            tokens, targets, key = part
+            (nats, _), gradients = gradient(params, tokens, targets, None, key)
             return jax.tree.map(jnp.add, total, (nats, gradients)), None
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        micro = window.reshape(parts, -1, window.shape[-1])
-        (nats, gradients), _ = jax.lax.scan(add, zero, (micro, jax.random.split(key, parts)))
-        return nats, tokens, gradients, carry
+        cut = lambda rows: rows.reshape(parts, -1, rows.shape[-1])
+        (nats, gradients), _ = jax.lax.scan(add, zero, (cut(tokens), cut(targets), jax.random.split(key, parts)))
+        return nats, gradients, carry
 
 
 class Interrupted(Exception):
@@ -197,7 +220,7 @@ class Diverged(Exception):
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask once for a stop at the next whole dispatch; a second Ctrl-C stops at once."""
     asked = []
 
@@ -226,19 +249,23 @@ def at(when: int) -> Callable[[int], float]:
     return lambda step: when if step < when else math.inf
 
 
+Pause = tuple[Callable[[int], float], Callable[[int, Any], None]]
+
+
 def loop(
     trainer: Trainer,
     state: State,
-    batches: Batches,
+    batches: Any,
     *,
     on_row: Callable[[int, dict[str, float]], None],
     on_dispatch: Callable[[int, float, float], None],
-    pauses: Sequence[tuple[Callable[[int], float], Callable[[int, State], None]]],
+    pauses: Sequence[Pause],
     save: Callable[[int, State], None],
 ) -> State:
     """Trains from state.step to train.steps.
 
     Args:
+      batches: `batches(step, count)` gives what `Trainer.dispatch` takes for these steps; see data.Batches.
       on_row: called with (step, metrics) for every row of the curve.
       on_dispatch: called with (step, latest loss, tokens so far in this process) when a dispatch is read.
       pauses: (due, call) pairs, where due(step) is the next step after `step` at which training
@@ -249,58 +276,89 @@ def loop(
       Interrupted: by Ctrl-C or SIGTERM, after `save`.
       Diverged: after train.max_skipped_steps non-finite steps in a row.
     """
-    config = trainer.config
-    total, most, per_row = config.train.steps, config.train.steps_per_dispatch, config.log.every_steps
-    shape = optimizers.schedule(config.optimizer, total)
-    per_step = config.data.batch_size * config.data.window
-    step, tokens = int(state.step), 0
-    pending: list[tuple[int, int, dict[str, Array]]] = []
-    clock = time.perf_counter()
+    config, tokens = trainer.config, 0
 
-    def read() -> None:
-        """Takes in the oldest dispatch: by now the next one is under way."""
-        nonlocal tokens, clock
-        first, count, device_rows = pending.pop()
-        rows = {name: np.asarray(values) for name, values in device_rows.items()}
-        now = time.perf_counter()
-        rate, clock = count * per_step / (now - clock), now
-        tokens += count * per_step
-        for i in range(count):
-            now_at = first + i + 1
-            if now_at % per_row == 0 or now_at == total:
-                seen = max(rows["steps"][i], 1)
-                on_row(
-                    now_at,
-                    {
-                        "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
-                        "train/grad_norm": float(rows["grad_norm"][i] / seen),
-                        "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
-                        "train/skipped_steps": float(rows["skipped"][i]),
-                        "train/epoch": now_at / batches.steps_per_epoch,
-                        "speed/tokens_per_second": rate,
-                    },
-                )
-        last = count - 1
-        on_dispatch(first + count, float(rows["nats"][last] / max(rows["tokens"][last], 1)), tokens)
+    def read(first: int, count: int, rows: dict[str, np.ndarray], seconds: float) -> None:
+        nonlocal tokens
+        for row in curve(config, batches.steps_per_epoch, first, count, rows, seconds):
+            on_row(*row)
+        tokens += count * config.data.batch_size * config.data.window
+        on_dispatch(first + count, float(rows["nats"][count - 1] / max(rows["tokens"][count - 1], 1)), tokens)
         if rows["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
             raise Diverged
 
-    with _stop_on_signals() as stopping:
-        while step < total:
-            due = [(when(step), call) for when, call in pauses]
-            count = int(min(most, total - step, *(end - step for end, _ in due)))
-            state, rows = trainer.dispatch(state, *batches(step, count))
-            if pending:
-                read()
-            pending.append((step, count, rows))
-            step += count
-            calls = [call for end, call in due if end == step]
-            if calls or stopping() or step == total:
-                read()
-                for call in calls:
-                    call(step, state)
-                clock = time.perf_counter()
-            if stopping() and step < total:
-                save(step, state)
-                raise Interrupted(step)
+    with stop_on_signals() as stopping:
+        return drive(trainer, state, batches, read=read, pauses=pauses, save=save, stopping=stopping)
+
+
+def curve(
+    config: Config, steps_per_epoch: float, first: int, count: int, rows: dict[str, np.ndarray], seconds: float
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """The rows of a run's curve, (step, metrics), that end within a dispatch of `count` steps after step `first`."""
+    shape = optimizers.schedule(config.optimizer, config.train.steps)
+    for i in range(count):
+        now_at = first + i + 1
+        if now_at % config.log.every_steps == 0 or now_at == config.train.steps:
+            seen = max(rows["steps"][i], 1)
+            yield (
+                now_at,
+                {
+                    "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
+                    "train/grad_norm": float(rows["grad_norm"][i] / seen),
+                    "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
+                    "train/skipped_steps": float(rows["skipped"][i]),
+                    "train/epoch": now_at / steps_per_epoch,
+                    "speed/tokens_per_second": count * config.data.batch_size * config.data.window / seconds,
+                },
+            )
+
+
+def drive(
+    trainer: Any,
+    state: Any,
+    batches: Callable[[int, int], tuple],
+    *,
+    read: Callable[[int, int, dict[str, np.ndarray], float], None],
+    pauses: Sequence[Pause],
+    save: Callable[[int, Any], None],
+    stopping: Callable[[], bool],
+) -> Any:
+    """Dispatches from state.step to train.steps, for one run or for several at once.
+
+    Args:
+      trainer: what has a `config` and a `dispatch`.
+      read: called with (first step, count, the dispatch's rows, its seconds) while the next one is under way.
+      stopping: whether a stop was asked for; see `stop_on_signals`.
+      pauses, save, and what is raised: as in `loop`.
+    """
+    total, most = trainer.config.train.steps, trainer.config.train.steps_per_dispatch
+    step = int(np.ravel(state.step)[0])
+    pending: list[tuple[int, int, dict[str, Array]]] = []
+    clock = time.perf_counter()
+
+    def read_oldest() -> None:
+        nonlocal clock
+        first, count, device_rows = pending.pop()
+        rows = {name: np.asarray(values) for name, values in device_rows.items()}
+        now = time.perf_counter()
+        seconds, clock = now - clock, now
+        read(first, count, rows, seconds)
+
+    while step < total:
+        due = [(when(step), call) for when, call in pauses]
+        count = int(min(most, total - step, *(end - step for end, _ in due)))
+        state, rows = trainer.dispatch(state, *batches(step, count))
+        if pending:
+            read_oldest()
+        pending.append((step, count, rows))
+        step += count
+        calls = [call for end, call in due if end == step]
+        if calls or stopping() or step == total:
+            read_oldest()
+            for call in calls:
+                call(step, state)
+            clock = time.perf_counter()
+        if stopping() and step < total:
+            save(step, state)
+            raise Interrupted(step)
     return state

@@ -1,0 +1,28 @@
+"""Compares architectures: python -m experiments.compare --config=configs/lstm_vs_transformer.py --workdir=runs/duel"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from experiments import launch
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "What to compare, FILE.py or FILE.py:argument.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The comparison's folder.")
+_SWEEP = flags.DEFINE_string(
+    "sweep", None, 'Arms instead of the config\'s: "optimizer.learning_rate=1e-3,3e-3 model.backbone=lstm,transformer".'
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main() -> None:
+    from configs import sweeps
+    from textgen import arms, compare, logs, run
+
+    run.use_compilation_cache()
+    config = sweeps.compare(_CONFIG.value, sweeps.parse(_SWEEP.value)) if _SWEEP.value else _CONFIG.value
+    session = compare.Session(arms.from_dict(config), _WORKDIR.value)
+    logs.console.print(session.describe())
+    session.run()
+
+
+if __name__ == "__main__":
+    launch(main)
