@@ -3,7 +3,7 @@
 from absl import flags
 from ml_collections import config_flags
 
-from experiments import launch
+from experiments import command, launch
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "What to compare, FILE.py or FILE.py:argument.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The comparison's folder.")
@@ -24,7 +24,7 @@ def main() -> None:
     config = sweeps.compare(_CONFIG.value, sweeps.parse(_SWEEP.value)) if _SWEEP.value else _CONFIG.value
     session = compare.Session(arms.from_dict(config), _WORKDIR.value)
     logs.console.print(session.describe())
-    session.run()
+    session.run(command())
     if _DYNAMIC.value:
         dynamic.add(_WORKDIR.value)
         report.write(_WORKDIR.value)
