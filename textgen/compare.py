@@ -257,6 +257,7 @@ class Session:
         return [
             {
                 "name": name,
+                "in_windows": not name.endswith("whole context"),
                 "loss": float(nats.mean(dtype=np.float64)),
                 "nats": self.ledger.save_nats("baselines", name, nats),
             }
