@@ -13,6 +13,7 @@ The house, from the ground up; a module imports only lower layers:
        pages        self-contained HTML: tables, shaded texts, figures
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
+       tasks        synthetic tasks whose best predictor is known
        models/      backbones behind one contract, and the shell around them
        sampling     transformations of logits, and the draw
        generate     prefill, then one scan over any step function
@@ -24,6 +25,7 @@ The house, from the ground up; a module imports only lower layers:
     3  train        the jitted step and the loop
        inference    a trained model in use
     4  run          wiring
+    5  probes       every backbone on every task
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.
