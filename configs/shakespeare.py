@@ -2,9 +2,17 @@
 
     python -m experiments.train --config=configs/shakespeare.py               Transformer
     python -m experiments.train --config=configs/shakespeare.py:lstm          LSTM
+    python -m experiments.train --config=configs/shakespeare.py:gru           GRU, with the LSTM's settings
+    python -m experiments.train --config=configs/shakespeare.py:mingru        minGRU, with the Transformer's
+    python -m experiments.train --config=configs/shakespeare.py:hybrid        minGRU and sliding attention, likewise
 
 README.md has the losses and times that were measured. The settings were chosen on the last tenth
-of the training text; the validation text was not looked at.
+of the training text; the validation text was not looked at. Those of the last three are not tuned
+to the end: short runs of 150 steps of 24 windows, scored on that tenth, chose what is inside a
+minGRU block. Its best rate was 1e-2 or below (1.594 nats per character at 5e-3 and at 1e-2, 1.611
+at 2e-2). A RG-LRU with a gated branch in its place came to 1.922, or 1.625 with a shorter memory at
+the start; minGRU without the convolution to 1.658; the Transformer to 2.001. The hybrid learns slower
+with an attention block first: 1.655 instead of 1.581 in training.
 """
 
 from configs import base
@@ -21,7 +29,7 @@ def get_config(arg: str = "transformer"):
     config.optimizer.adam_learning_rate = 1e-2
     config.optimizer.final_fraction = 0.02
     config.model.backbone = arg
-    if arg == "lstm":
+    if arg in ("lstm", "gru"):
         config.model.width = 256
         config.model.layers = 2
         config.model.dropout = 0.05
@@ -37,6 +45,7 @@ def get_config(arg: str = "transformer"):
         config.model.layers = 4
         config.model.transformer.activation = "relu2"
         config.model.transformer.qk_norm = True
+        config.model.mingru.activation = "relu2"
         config.data.batch_size = 24
         config.optimizer.learning_rate = 1e-2
         config.train.steps = 1350

@@ -12,42 +12,56 @@ _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "What the text begins with; several make a batch. Default: the config's."
 )
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.")
-_LENGTH = flags.DEFINE_integer("length", 300, "New tokens.")
+_LENGTH = flags.DEFINE_integer("length", 300, "New tokens, at most.")
+_MIN_LENGTH = flags.DEFINE_integer("min_length", 0, "A stop text before so many new tokens does not count.")
+_STOP = flags.DEFINE_multi_string("stop", [], "A text that ends a sample; several may be given.")
 _SEED = flags.DEFINE_integer("seed", 0, "Another seed, another text.")
 _SAMPLER = flags.DEFINE_string(
-    "sampler", None, 'A chain, such as "temperature(0.8), top_p(0.95)", instead of the following.'
+    "sampler",
+    None,
+    'A chain, such as "repetition_penalty(1.2), temperature(0.8), top_p(0.95)", instead of what follows.',
 )
+_REPETITION_PENALTY = flags.DEFINE_float("repetition_penalty", None, "Above 1: what was there becomes rarer.")
 _TEMPERATURE = flags.DEFINE_float("temperature", None, "0: greedy; 1: the model's own distribution, the default.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Keep the k likeliest tokens.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Keep the likeliest tokens up to this mass.")
 _MIN_P = flags.DEFINE_float("min_p", None, "Keep tokens at least so likely, relative to the likeliest.")
+_TYPICAL = flags.DEFINE_float("typical", None, "Keep tokens of typical surprise, up to this mass.")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "How far to lean from --second_prompt to the prompt; 1: prompt alone.")
+_SECOND_PROMPT = flags.DEFINE_string("second_prompt", None, "What --guidance leans away from.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print the text as it is made.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object for each sample, with its scores and the whole recipe.")
-flags.mark_flag_as_required("workdir")
+_REPLAY = flags.DEFINE_string("replay", None, "Make the samples of a file of --json again, and say if they differ.")
 
 
 def main() -> None:
-    from textgen import config, inference, run
+    from textgen import inference, run, samples
+    from textgen.config import require
 
     run.use_compilation_cache()
-    settings = {"temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value, "min_p": _MIN_P.value}
-    chain = inference.make_chain(_SAMPLER.value, **settings)
+    if _REPLAY.value is not None:
+        inference.replay_file(_REPLAY.value, workdir=_WORKDIR.value)
+        return
+    require(_WORKDIR.value is not None, "Give the run's folder: --workdir=DIR.")
     lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     prompts = _PROMPT.value or [lm.config.sample.prompt]
+    chain = lm.chain(_SAMPLER.value, **{name: flags.FLAGS[name].value for name in samples.PLAIN})
+    options = {
+        "length": _LENGTH.value, "min_length": _MIN_LENGTH.value, "stop": _STOP.value, "seed": _SEED.value,
+        "guidance": _GUIDANCE.value, "second_prompt": _SECOND_PROMPT.value, "sampler": chain,
+    }  # fmt: skip
     if _STREAM.value:
-        config.require(
+        require(
             len(prompts) == _NUM_SAMPLES.value == 1 and not _JSON.value,
             "--stream prints one sample of one prompt: leave out the other prompts, --num_samples and --json.",
         )
-        lm.print_stream(prompts[0], length=_LENGTH.value, seed=_SEED.value, sampler=chain)
+        lm.print_stream(prompts[0], **options)
         return
-    samples = lm.samples(prompts, length=_LENGTH.value, num_samples=_NUM_SAMPLES.value, seed=_SEED.value, sampler=chain)
-    recipe = {"workdir": _WORKDIR.value, "step": lm.step, "sampler": str(chain), "seed": _SEED.value}
-    for i, sample in enumerate(samples):
+    for sample in lm.samples(prompts, num_samples=_NUM_SAMPLES.value, **options):
         if _JSON.value:
-            print(json.dumps(sample.record() | recipe | {"sample": i % _NUM_SAMPLES.value}, ensure_ascii=False))
+            print(json.dumps(sample.record() | {"workdir": _WORKDIR.value}, ensure_ascii=False))
         else:
-            print(f"--- {chain}, seed {_SEED.value}, sample {i % _NUM_SAMPLES.value}: {sample.summary()}")
+            print(f"--- {chain}, seed {_SEED.value}, sample {sample.recipe['sample']}: {sample.summary()}")
             print(sample.prompt + sample.text + "\n")
 
 

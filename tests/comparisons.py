@@ -1,15 +1,23 @@
 """Folders of comparisons that nobody ran: results.json and the arrays, made up."""
 
 import json
+import math
 
 import numpy as np
+from conftest import TEXT, tiny
+from scipy.signal import lfilter
 
-from tests.conftest import TEXT, tiny
-from tests.test_statistics import wave
 from textgen import config as config_lib
 from textgen import data
 
 WINDOW = 32
+
+
+def wave(random, shape, sd, length=30):
+    """Normal noise, alike over `length` neighbours on the last axis."""
+    keep = math.exp(-1 / length)
+    noise = random.standard_normal(shape, dtype=np.float32) * np.float32(sd * math.sqrt(1 - keep**2))
+    return lfilter([1], [1, -keep], noise, axis=-1)
 
 
 def made_up(folder, arms, *, seeds=3, text=TEXT * 10, kind="characters", baseline=True, **rule):

@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
+    {"border", "config", "plays", "tokenizers", "logs", "pages", "analysis"},
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
     | {"arms", "tasks"},
-    {"checkpoints", "evaluate", "budget"},
+    {"checkpoints", "evaluate", "samples", "budget"},
     {"train", "inference", "document"},
     {"run", "ensemble", "dynamic", "results", "figures"},
     {"jobs", "ledger", "probes", "details"},
@@ -19,7 +19,13 @@ LAYERS = [
 ]
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
-BESIDE = {("plays", "config"), ("tokenizers", "config"), ("data", "corpora"), ("generate", "sampling")}
+BESIDE = {
+    ("config", "border"),
+    ("plays", "config"),
+    ("tokenizers", "config"),
+    ("data", "corpora"),
+    ("generate", "sampling"),
+}
 
 
 def imports(path):

@@ -118,33 +118,33 @@ def test_what_is_done_is_not_done_again(done, text, monkeypatch):
     assert compare.Session(asked(text), folder).run() == json.loads(json.dumps(results))
 
 
-@pytest.mark.parametrize("when", [(1, 3), (3, 5)], ids=["in the tuning", "in the final runs"])
+@pytest.mark.parametrize(
+    "when", [(3, 12), *(pytest.param(w, marks=pytest.mark.slow) for w in [(1, 9), (4, 3)])], ids=str
+)
 def test_a_killed_comparison_goes_on_to_the_same_results(done, text, tmp_path, monkeypatch, when):
-    """Killed without warning in the middle of a job, after its first checkpoint; then stopped by Ctrl-C."""
-    calls, job, original = [0], [0], jobs.Job.train
+    """Killed without warning at a step of its nth job; then stopped by a signal; then let be."""
+    count, killing, original = [0], [True], jobs.Job.train
 
     class Killed(BaseException):
         pass
 
-    def count(self, *, on_step, **rest):
-        job[0] += 1
-        calls[0] = 0
+    def train_a_while(self, *, on_step, **rest):
+        count[0] += 1
 
         def dying(step, *others):
-            calls[0] += 1
-            if (job[0], calls[0]) == when:
+            if killing[0] and (count[0], step) == when:
                 raise Killed
-            if job[0] == 5 and step == 3:
-                signal.raise_signal(signal.SIGINT)
+            if not killing[0] and count[0] == 1:
+                signal.raise_signal(signal.SIGTERM)
             on_step(step, *others)
 
         return original(self, on_step=dying, **rest)
 
-    monkeypatch.setattr(jobs.Job, "train", count)
+    monkeypatch.setattr(jobs.Job, "train", train_a_while)
     folder = tmp_path / "duel"
     with pytest.raises(Killed):
         compare.Session(asked(text), folder).run()
-    job[0] = 4  # the next job is told to stop
+    count[0], killing[0] = 0, False
     with pytest.raises(train.Interrupted):
         compare.Session(asked(text), folder).run()
     results = compare.Session(asked(text), folder).run()
@@ -193,7 +193,7 @@ def test_arms_that_differ_in_the_rate_alone_are_one_program(text, tmp_path, monk
 
 def test_a_folder_of_another_comparison_is_refused(done, text, tmp_path):
     folder, _ = done
-    with pytest.raises(UserError, match="another comparison: compare.rule.block was 32, is 64; train.steps was 12, is"):
+    with pytest.raises(UserError, match=r"another comparison: compare.rule.block was 32, is 64; train.steps was 12"):
         compare.Session(asked(text, {"compare.rule.block": 64, "train.steps": 24}), folder)
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

@@ -74,7 +74,13 @@ def test_train_interrupt_resume_sample_evaluate(folder):
     )
     records = [json.loads(line) for line in sampled.stdout.splitlines()]
     assert [len(r["tokens"]) for r in records] == [9, 9]
-    assert records[0]["sampler"] == "temperature(1), top_k(3)"
+    assert records[0]["recipe"]["sampler"] == "top_k(3)"
+    (folder / "samples.jsonl").write_text(sampled.stdout)
+    replayed = call("sample", f"--replay={folder / 'samples.jsonl'}")
+    assert records[1]["text"] in replayed.stdout
+    assert "2 made again, the same token by token." in replayed.stdout
+    (folder / "samples.jsonl").write_text(sampled.stdout.replace('"seed": 0', '"seed": 1'))
+    assert "not the same: line 1, 2" in call("sample", f"--replay={folder / 'samples.jsonl'}").stderr
     streamed = call("sample", f"--workdir={workdir}", "--prompt=The ", "--length=9", "--stream", "--top_k=3")
     assert streamed.stdout == "The " + records[0]["text"] + "\n"
     evaluated = json.loads(call("evaluate", f"--workdir={workdir}", "--json").stdout)
@@ -93,10 +99,8 @@ def test_train_interrupt_resume_sample_evaluate(folder):
         pytest.param("train", ["--config.model.backbone=lsmt"], "Did you mean 'lstm'", marks=pytest.mark.slow),
         pytest.param("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices", marks=pytest.mark.slow),
         pytest.param("sample", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
-        pytest.param(
-            "sample", ["--workdir=/absent", "--top_p=2"], "top_p must lie in (0, 1], got 2", marks=pytest.mark.slow
-        ),
-        pytest.param("sample", [], "workdir", marks=pytest.mark.slow),
+        pytest.param("sample", [], "Give the run's folder: --workdir=DIR", marks=pytest.mark.slow),
+        pytest.param("sample", ["--replay=/absent"], "There is no file '/absent'", marks=pytest.mark.slow),
         pytest.param("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
     ],
 )

@@ -111,6 +111,47 @@ def test_the_chunk_and_the_stream_change_nothing(built):
         np.testing.assert_array_equal(np.concatenate([p.tokens for p in parts], 1), whole.tokens)
 
 
+MEMORIES = sampling.parse(
+    "repetition_penalty(1.3), frequency_penalty(0.2), no_repeat_ngram(4), dry(), mirostat(2, 0.3), xtc(0.2, 0.4)"
+)
+
+
+def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(built):
+    _, params, generator = built
+    prompts, keys = prompts_of([7, 2, 11]), generate.row_keys(5, 6)
+    whole = generator(params, prompts, keys, MEMORIES, length=20, num_samples=2, chunk=20)
+    parts = generator(params, prompts, keys, MEMORIES, length=20, num_samples=2, chunk=3)
+    np.testing.assert_array_equal(whole.tokens, parts.tokens)
+    alone = generator(params, prompts[2:], keys[4:], MEMORIES, length=20, num_samples=2)
+    np.testing.assert_array_equal(whole.tokens[4:], alone.tokens)
+    # Its distributions are those of the chain on the whole text, step by step.
+    text = np.concatenate([prompts[1], whole.tokens[2]])
+    states = MEMORIES.init(prompts[1][None], np.array([2], np.int32), V, 64)
+    logits = built[0](params, text[None])[0]
+    for i, token in enumerate(whole.tokens[2]):
+        _, more = generate._uniforms(keys[2:3], jnp.array([2 + i]))
+        z, commit = MEMORIES.step(logits[None, 1 + i], states, sampling.Moment(jnp.array([i]), more))
+        assert whole.kept[2, i] == np.isfinite(z).sum()
+        np.testing.assert_allclose(whole.log_probability_drawn[2, i], jax.nn.log_softmax(z)[0, token], atol=1e-4)
+        states = commit(jnp.array([token]))
+
+
+def test_guidance_leans_from_the_second_prompt_to_the_first(built):
+    full, params, generator = built
+    (first, second), keys = prompts_of([5, 3]), generate.row_keys(4, 2)
+    options = {"length": 9, "num_samples": 2, "chunk": 4, "second_prompts": [second]}
+    one = generator(params, [first], keys, CHAIN, guidance=1.0, **options)
+    plain = generator(params, [first], keys, CHAIN, length=9, num_samples=2)
+    np.testing.assert_array_equal(one.tokens, plain.tokens)
+    made = generator(params, [first], keys, sampling.chain(), guidance=[2.5, 0.0], **options)
+    for row, g in enumerate((2.5, 0.0)):
+        a, b = (full(params, np.concatenate([p, made.tokens[row]])[None])[0, len(p) - 1 : -1] for p in (first, second))
+        mixed = jax.nn.log_softmax(b + g * (a - b))
+        at = np.arange(9), made.tokens[row]
+        np.testing.assert_allclose(made.log_probability_drawn[row], mixed[at], atol=1e-4)
+        np.testing.assert_allclose(made.log_probability[row], jax.nn.log_softmax(a)[at], atol=1e-4)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_beyond_the_window_it_goes_on_and_equals_recomputing_the_window(name):
     full, params, generator = build(name, {"model.context": 6})
@@ -130,6 +171,17 @@ def test_learned_positions_read_their_last_half_afresh_and_go_on():
     likeliest = np.array([np.argmax(full(params, padded[None, s : s + 16])[0], -1) for s in range(len(text))])
     for t in range(16, 45):
         assert text[t] in {likeliest[s, t - s - 1] for s in range(t - 16, t - 7)}
+    guided = generator(
+        params,
+        prompts_of([5]),
+        generate.row_keys(0, 1),
+        MEMORIES,
+        length=40,
+        guidance=1.0,
+        second_prompts=prompts_of([9]),
+    )
+    plain = generator(params, prompts_of([5]), generate.row_keys(0, 1), MEMORIES, length=8)
+    np.testing.assert_array_equal(guided.tokens[:, :8], plain.tokens)
     long = generator(params, prompts_of([30]), generate.row_keys(0, 1), CHAIN, length=3)
     assert long.tokens.shape == (1, 3)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textgen import models
-from textgen.models import lstm
+from textgen.models import gru, lstm, mingru
 from textgen.models.transformer import attend
 
 V = 11
@@ -19,6 +19,8 @@ VARIANTS = [(name, {}) for name in BACKBONES] + [
     ("transformer", {"model.context": 5}),
     ("transformer", {"model.transformer.positions": "learned", "model.context": 32, "model.norm": "layernorm"}),
     ("transformer", {"model.transformer.activation": "swiglu", "model.tie_embedding": True}),
+    ("mingru", {"model.mingru.activation": "swiglu", "model.norm": "layernorm"}),
+    ("hybrid", {"model.context": 5}),
 ]
 
 
@@ -167,7 +169,8 @@ def test_dropout_is_off_unless_training_and_keeps_the_mean(name):
 @pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
 def test_the_count_of_operations_is_xlas(variant):
     name, overrides = variant
-    sizes = {"model.width": 128, "model.transformer.feed_forward_width": 320, "model.context": 512}
+    sizes = {"model.width": 128, "model.context": 512}
+    sizes |= {f"model.{group}.feed_forward_width": 320 for group in ("transformer", "mingru")}
     config = tiny({"model.backbone": name, "model.layers": 2} | overrides | sizes)
     model = models.build(config, V)
     # A scan's body is counted once, so nets with a loop over time take one token. The whole square of
@@ -215,16 +218,62 @@ def plain_recurrence(projected, recurrent, h, c):
     return hidden, last
 
 
+def plain_gru(projected, recurrent, bias, h):
+    def step(h, p):
+        (p_r, p_u, p_n), (q_r, q_u, q_n) = jnp.split(p, 3, -1), jnp.split(h @ recurrent, 3, -1)
+        r, u = jax.nn.sigmoid(p_r + q_r), jax.nn.sigmoid(p_u + q_u)
+        h = u * h + (1 - u) * jnp.tanh(p_n + r * (q_n + bias))
+        return h, h
+
+    last, hidden = jax.lax.scan(step, h, projected)
+    return hidden, last
+
+
 @pytest.mark.parametrize("steps", [1, 9])
-def test_lstm_recurrence_and_its_gradients_equal_the_definition(steps):
+@pytest.mark.parametrize(
+    ("fast", "plain", "shapes"),
+    [
+        (lstm.recurrence, plain_recurrence, [(3, 20), (5, 20), (3, 5), (3, 5)]),
+        (gru.recurrence, plain_gru, [(3, 15), (5, 15), (5,), (3, 5)]),
+    ],
+    ids=["lstm", "gru"],
+)
+def test_a_recurrence_and_its_gradients_equal_the_definition(fast, plain, shapes, steps):
     random = np.random.default_rng(0)
-    shapes = [(steps, 3, 20), (5, 20), (3, 5), (3, 5)]
+    shapes = [(steps, *shapes[0]), *shapes[1:]]
     args = [jnp.asarray(random.standard_normal(s), jnp.float32) for s in shapes]
     total = lambda f: lambda *a: sum(jnp.sum(jnp.sin(x) * (1 + i)) for i, x in enumerate(jax.tree.leaves(f(*a))))
-    jax.tree.map(close, lstm.recurrence(*args), plain_recurrence(*args))
-    expected = jax.grad(total(plain_recurrence), argnums=(0, 1, 2, 3))(*args)
-    got = jax.grad(total(lstm.recurrence), argnums=(0, 1, 2, 3))(*args)
+    jax.tree.map(close, fast(*args), plain(*args))
+    expected, got = (jax.jit(jax.grad(total(f), argnums=(0, 1, 2, 3)))(*args) for f in (plain, fast))
     jax.tree.map(lambda a, b: close(a, b, 1e-4), got, expected)
+
+
+@pytest.mark.parametrize("run", ["sequential", "parallel"])
+def test_linear_recurrence_and_its_gradients_equal_the_definition(run, monkeypatch):
+    """On the CPU, and as an accelerator computes it; over a long window, with factors from 0 to 1."""
+    monkeypatch.setattr(mingru, "_sequential", getattr(mingru, f"_{run}"))
+    random = np.random.default_rng(0)
+    steps, shape = 2048, (2, 3)
+    a = random.uniform(0, 1, (steps, *shape)) ** np.array([0.001, 0.1, 4])
+    a[90::97], a[50:90] = 0, 1
+    b, weights = random.standard_normal((2, steps, *shape))
+    h = random.standard_normal(shape)
+
+    # In float64: h_t = a_t h_(t-1) + b_t; g is the gradient of sum(weights h) by h_t.
+    hidden, old, g = np.zeros_like(a), np.zeros_like(a), np.zeros_like(a)
+    for t in range(steps):
+        old[t] = hidden[t - 1] if t else h
+        hidden[t] = a[t] * old[t] + b[t]
+    for t in reversed(range(steps)):
+        g[t] = weights[t] + (a[t + 1] * g[t + 1] if t + 1 < steps else 0)
+    expected = hidden, g * old, g, a[0] * g[0]
+
+    def check(a, b, h, weights):
+        got, back = jax.vjp(mingru.linear_recurrence, a, b, h)
+        return got, *back(weights)
+
+    for got, wanted in zip(jax.jit(check)(*map(np.float32, (a, b, h, weights))), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
 @settings(max_examples=30, deadline=None)

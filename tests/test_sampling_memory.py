@@ -1,5 +1,7 @@
 """Transformations with a memory, each against its definition on the text as a list."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,7 +222,7 @@ def test_nothing_repeats_where_something_new_is_possible():
 
     start = chain.init(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32), V, 64)
     text = [0, *jax.lax.scan(body, start, jnp.asarray(np.random.default_rng(4).uniform(size=12), jnp.float32))[1]]
-    pairs = [(int(a), int(b)) for a, b in zip(text, text[1:], strict=False)]
+    pairs = [(int(a), int(b)) for a, b in itertools.pairwise(text)]
     assert len(set(pairs)) == len(pairs)
 
 

@@ -5,17 +5,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.signal import lfilter
+from comparisons import wave
 
 from textgen import statistics
 from textgen.config import UserError
-
-
-def wave(random, shape, sd, length=30):
-    """Normal noise, alike over `length` neighbours on the last axis."""
-    keep = math.exp(-1 / length)
-    noise = random.standard_normal(shape, dtype=np.float32) * np.float32(sd * math.sqrt(1 - keep**2))
-    return lfilter([1], [1, -keep], noise, axis=-1)
 
 
 def nats_of_a_tie(random, seeds, tokens, *, text=0.15, seed=0.006, mixed=0.15):
@@ -157,7 +150,7 @@ def test_a_tie_says_how_many_more_seeds():
     v = say(0.01, 0.02)
     assert v.outcome == "unresolved"
     assert "Not resolved: the loss of lstm was lower than that of transformer by 0.010 \u00b1 0.0" in v.text
-    more = int(v.text.split("about ")[1].split(" more seeds")[0])
+    more = int(v.text.split("about ")[1].split(" more seed")[0])
     # With as many more seeds of the same spread it is settled, and with one fewer it is not.
     settled = say(0.01, 0.02 * spread_of(3) / spread_of(3 + more), seeds=3 + more)
     assert settled.outcome == "better"

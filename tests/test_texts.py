@@ -236,3 +236,56 @@ def test_texts_that_are_too_short_are_refused(tmp_path):
     path.write_text("abcdefghij")
     with pytest.raises(UserError, match="validation split has fewer than two tokens"):
         loaded(path)
+
+
+# --- large texts, kept as tokens
+
+
+@pytest.fixture
+def large(text_file, tmp_path, monkeypatch):
+    """Every file counts as large; the cache folder is the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "KEEP_BYTES", 1)
+    return text_file
+
+
+def _same(a, b):
+    assert a.corpus.size == b.corpus.size
+    assert a.tokenizer.state() == b.tokenizer.state()
+    for name in ("train", "validation", "test"):
+        x, y = getattr(a, name), getattr(b, name)
+        np.testing.assert_array_equal(x.tokens, y.tokens)
+        assert (x.characters, x.bytes, x.tokens.dtype) == (y.characters, y.bytes, y.tokens.dtype)
+
+
+@pytest.mark.parametrize("kind", ["characters", "bytes", "bpe"])
+def test_the_tokens_of_a_large_text_are_kept_and_equal_those_in_memory(large, monkeypatch, kind):
+    settings = tiny(
+        {"corpus.path": str(large), "corpus.test_fraction": 0.1, "tokenizer.kind": kind, "tokenizer.vocab_size": 300}
+    )
+    made = data.load(settings)
+    assert isinstance(made.train.tokens, np.memmap)
+    # The text is not read again.
+    monkeypatch.setattr(corpora, "read_file", lambda file: pytest.fail("read"))
+    _same(data.load(settings), made)
+    _same(data.load(settings, made.tokenizer), made)
+    monkeypatch.undo()
+    _same(data.load(settings), made)
+    batches = [data.Batches(d.train.tokens, settings.data, 0)(3, 2)[0] for d in (made, data.load(settings))]
+    np.testing.assert_array_equal(*batches)
+
+
+def test_kept_tokens_are_made_anew_when_the_text_or_the_tokenizer_changes(large):
+    settings = tiny({"corpus.path": str(large)})
+    first = data.load(settings)
+    other = data.load(settings, tokenizers.CharacterTokenizer(first.tokenizer.alphabet + "é"))
+    assert other.tokenizer.vocab_size == first.tokenizer.vocab_size + 1
+    large.write_text(TEXT + "A river.", encoding="utf-8")
+    assert data.load(settings).corpus.size[0] == first.corpus.size[0] + 8
+
+
+def test_a_text_that_cannot_be_read_leaves_nothing_kept(large, tmp_path):
+    large.write_bytes(TEXT.encode() + b"\xff")
+    with pytest.raises(UserError, match="is not UTF-8"):
+        data.load(tiny({"corpus.path": str(large)}))
+    assert not list((tmp_path / "cache" / "textgen" / "tokens").iterdir())

@@ -11,6 +11,7 @@ The house, from the ground up; a module imports only lower layers:
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress
        pages        self-contained HTML: tables, shaded texts, figures
+       analysis     where models differ, and what they are worth together
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
        tasks        synthetic tasks whose best predictor is known
@@ -18,14 +19,21 @@ The house, from the ground up; a module imports only lower layers:
        sampling     transformations of logits, and the draw
        generate     prefill, then one scan over any step function
        objectives   next-token nats
+       statistics   intervals over text and seeds, verdicts in words
        optimizers   config -> optax
        parallel     the mesh, and where every array lives
     2  checkpoints  a run's folder
        evaluate     how well a text is predicted
     3  train        the jitted step and the loop
        inference    a trained model in use
+       document     one text as HTML and as Markdown
     4  run          wiring
-    5  probes       every backbone on every task
+       dynamic      a model that learns from the text it is judged on
+       results      a comparison's results, and what follows from them
+       figures      of its report
+    5  details      the report's later sections
+       probes       every backbone on every task
+    6  report       report.html and report.md of a comparison
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.

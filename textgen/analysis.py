@@ -26,11 +26,11 @@ def by_position(count: int, window: int) -> Groups:
 
 
 def by_frequency(targets: Shaped[np.ndarray, "N"], train: Shaped[np.ndarray, "M"]) -> Groups:
-    """Predictions by how often the training text has the token that was right: in decades."""
+    """Predictions by how often the training text has the token that was right, in decades: "10+" is 10 to 99."""
     size = int(max(targets.max(), train.max())) + 1
     seen = np.bincount(train, minlength=size)[targets]
     decade = np.where(seen > 0, np.floor(np.log10(np.maximum(seen, 1) + 0.5)).astype(int), -1)
-    label = lambda d: "never" if d < 0 else f"{10**d:,}\u2013{10 ** (d + 1) - 1:,}"
+    label = lambda d: "never" if d < 0 else f"{10**d:,}+"
     return {label(d): decade == d for d in np.unique(decade)}
 
 
@@ -115,4 +115,4 @@ def most_different(difference: Float[np.ndarray, "N"], length: int) -> tuple[int
 
 
 def _span(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}\u2013{high}" if high < 10**9 else f"{low} or more"
+    return str(low) if low == high else f"{low}\u2013{high}" if high < 10**9 else f"{low}+"

@@ -70,15 +70,17 @@ def utilisation(cost: Cost, seconds: float | None) -> float | None:
 
 
 def with_width(config: Config, width: int) -> Config:
-    """The config with another width; the feed-forward width keeps its proportion to it.
+    """The config with another width; feed-forward widths keep their proportion to it.
 
     Raises:
       UserError: the heads do not divide it.
     """
-    transformer = config.model.transformer
-    feed_forward = max(round(transformer.feed_forward_width * width / config.model.width), 1)
-    transformer = dataclasses.replace(transformer, feed_forward_width=feed_forward)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, width=width, transformer=transformer))
+    scaled = {}
+    for name in ("transformer", "mingru"):
+        group = getattr(config.model, name)
+        feed_forward = max(round(group.feed_forward_width * width / config.model.width), 1)
+        scaled[name] = dataclasses.replace(group, feed_forward_width=feed_forward)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, width=width, **scaled))
 
 
 def with_steps(config: Config, steps: int) -> Config:

@@ -159,7 +159,7 @@ class Checkpoints:
     def params_shapes(self, step: int) -> Any:
         """The shapes and types of a step's parameters, as they were saved."""
         try:
-            return self._manager.item_metadata(step)["params"].tree
+            return self._ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "params").tree
         except Exception as error:
             raise self._damaged(step, error) from error
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from textgen import budget, data, evaluate, inference, logs, report
+from textgen import budget, data, evaluate, inference, logs, report, train
 from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
 from textgen.arms import Comparison
@@ -97,7 +97,8 @@ class Session:
         work = {name: cost.train_flops for name, cost in self.costs.items()}
         done = sum((work[arm] * tuned for arm in self.configs if self.ledger.tuning_file(arm).exists()), 0.0)
         done += sum(work[a] for a in self.configs for s in self.ledger.seeds if self.ledger.result_file(a, s).exists())
-        with logs.Overview(sum(work.values()) * (tuned + self.compare.seeds), done) as self.display:
+        total = sum(work.values()) * (tuned + self.compare.seeds)
+        with train.stop_on_signals() as self.stopping, logs.Overview(total, done) as self.display:
             self._each_job(self._tuning_runs(), self._tune)
             self._each_job(self._final_runs(), self._train)
         results = self.ledger.results(self.dataset, len(self.dev_tokens), self.value, self.configs, self.failures)
@@ -150,6 +151,8 @@ class Session:
                 names = sorted({run.arm for run in group})
                 self.failures |= dict.fromkeys(names, text)
                 self.display.print(f"failed: {', '.join(names)}: {text}")
+            if self.stopping():
+                raise train.Interrupted(group[0].config.train.steps)
 
     def _job(self, runs: list[Run], name: str, tokens: np.ndarray, held_out: np.ndarray) -> Job:
         return Job(
@@ -178,7 +181,7 @@ class Session:
         """Trains on all but the end of the training text, for each learning rate; keeps the loss on that end."""
         name = "tune " + _names(runs)
         job = self._job(runs, name.replace(" ", "-"), self.tuning_tokens, self.dev_tokens)
-        job.train(on_step=self._on_step(name, runs))
+        job.train(on_step=self._on_step(name, runs), stopping=self.stopping)
         rows: dict[str, list[dict[str, Any]]] = {run.arm: [] for run in runs}
         for i, run in enumerate(runs):
             rows[run.arm].append(
@@ -204,6 +207,7 @@ class Session:
             checkpoints_lib.save_setup(self._folder(run), run.config, changes, self.dataset.tokenizer)
         job.train(
             on_step=self._on_step(_names(runs), runs),
+            stopping=self.stopping,
             writers=lambda start: [logs.Writer(self._folder(run), start) for run in runs],
         )
         for i, run in enumerate(runs):

@@ -6,32 +6,16 @@ was wanted, what was given and what to do. `configs/base.py` gives each key its 
 """
 
 import dataclasses
-import difflib
 import json
-import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-
-class UserError(ValueError):
-    """Something the user can mend. The commands print it as one line and exit with code 2."""
-
-
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """' Did you mean 'x'?' for a near miss, else ' Known: ...' with every name."""
-    names = sorted(names)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names)}."
-
-
-def require(condition: object, message: str) -> None:
-    """Raises UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
+from textgen.border import UserError as UserError
+from textgen.border import build, differences, require
+from textgen.border import did_you_mean as did_you_mean
+from textgen.border import flatten as flatten
 
 
 def _positive(config: Any, prefix: str, *names: str) -> None:
@@ -113,9 +97,11 @@ class NGramConfig:
     order: int
     discount: float | None
 
-    def __post_init__(self):
-        _positive(self, "model.ngram", "order", "discount")
-        require(self.discount is None or self.discount <= 1, f"model.ngram.discount is at most 1, got {self.discount}.")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MinGRUConfig:
+    feed_forward_width: int
+    activation: Literal["gelu", "swiglu", "relu2"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,17 +117,24 @@ class ModelConfig:
     remat: bool
     transformer: TransformerConfig
     ngram: NGramConfig
+    mingru: MinGRUConfig
 
     def __post_init__(self):
         _positive(self, "model", "width", "layers", "context")
+        _positive(self.mingru, "model.mingru", "feed_forward_width")
         _within(self, "model", 0, 1, "dropout")
-        if self.backbone == "transformer":
+        if "transformer" in self.groups:
             heads = self.transformer.heads
             require(self.width % heads == 0, f"model.transformer.heads={heads} must divide model.width={self.width}.")
             require(
                 self.transformer.positions != "rope" or self.width // heads % 2 == 0,
                 f"RoPE turns pairs: model.width / heads must be even, got {self.width} / {heads}.",
             )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of keys that the backbone reads."""
+        return ("transformer",) if self.backbone == "hybrid" else (self.backbone,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -273,7 +266,7 @@ class Config:
             self.data.order == "shuffled" or self.train.accumulation == 1,
             "data.order='stream' carries each row's state from step to step; it goes with train.accumulation=1.",
         )
-        learned = self.model.backbone == "transformer" and self.model.transformer.positions == "learned"
+        learned = "transformer" in self.model.groups and self.model.transformer.positions == "learned"
         if learned:
             context = self.context
             require(
@@ -316,70 +309,18 @@ MAY_CHANGE = (
 READ_BY_NGRAM = ("seed", "corpus.", "tokenizer.", "data.window", "model.backbone", "model.ngram.", "eval.", "sample.")
 
 
-def _convert(value: Any, wanted: Any, path: str) -> Any:
-    """`value` as the annotated type, or UserError. Ints become floats; nothing else is bent."""
-    origin, args = typing.get_origin(wanted), typing.get_args(wanted)
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _convert(value, next(a for a in args if a is not type(None)), path)
-    if dataclasses.is_dataclass(wanted):
-        return build(value, wanted, path + ".")
-    if origin is Literal:
-        require(
-            value in args,
-            f"{path} must be one of {', '.join(map(repr, args))}, got {value!r}."
-            + (did_you_mean(value, args) if isinstance(value, str) and value not in args else ""),
-        )
-        return value
-    if origin is tuple:
-        require(isinstance(value, (tuple, list)), f"{path} must be a tuple, got {value!r}.")
-        return tuple(_convert(v, args[0], f"{path}[{i}]") for i, v in enumerate(value))
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    right = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-    require(right, f"{path} must be of type {wanted.__name__}, got {value!r}.")
-    require(wanted is not float or math.isfinite(value), f"{path} must be finite, got {value}.")
-    return value
-
-
-def build(source: Any, kind: type, prefix: str) -> Any:
-    """The frozen dataclass `kind` from a mapping with exactly its keys; `prefix` names them in refusals."""
-    require(isinstance(source, Mapping), f"{prefix[:-1]} must be a group of keys, got {source!r}.")
-    fields = typing.get_type_hints(kind)
-    for key in source:
-        require(key in fields, f"Unknown config key '{prefix}{key}'.{did_you_mean(str(key), fields)}")
-    for key in fields:
-        require(key in source, f"The config lacks the key '{prefix}{key}': start from configs/base.py.")
-    return kind(**{key: _convert(source[key], wanted, prefix + key) for key, wanted in fields.items()})
-
-
 def from_dict(source: ConfigDict | Mapping) -> Config:
     """The frozen Config for a ConfigDict or for what `to_dict` gave.
 
     Raises:
       UserError: an unknown or missing key, a wrong type, an impossible value or relation.
     """
-    if isinstance(source, ConfigDict):
-        source = source.to_dict()
-    return build(source, Config, "")
+    return build(source.to_dict() if isinstance(source, ConfigDict) else source, Config, "")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain dict, equal after a trip through JSON."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
-
-
-def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, as key -> (old, new)."""
-    old, new = flatten(old), flatten(new)
-    return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
 
 
 def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
@@ -391,7 +332,7 @@ def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
         )
         group = key.split(".")[1] if key.startswith("model.") and key.count(".") == 2 else None
         require(
-            group is None or group == config.model.backbone,
+            group is None or group in config.model.groups,
             f"--config.{key} belongs to the {group}, and model.backbone is '{config.model.backbone}'.",
         )
 

@@ -24,6 +24,7 @@ class Corpus:
 
     name: str
     pieces: Callable[[], Iterator[str]]
+    files: tuple[Path, ...] = ()  # that it is read from; none: a named text
 
     @cached_property
     def size(self) -> tuple[int, int, str]:
@@ -66,7 +67,7 @@ def open_corpus(config: CorpusConfig) -> Corpus:
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         require(bool(files), f"corpus.path: the folder '{path}' holds no files.")
     require(any(f.stat().st_size for f in files), f"corpus.path: '{path}' is empty.")
-    return Corpus(str(path), lambda: _read(files))
+    return Corpus(str(path), lambda: _read(files), tuple(files))
 
 
 def _read(files: list[Path]) -> Iterator[str]:

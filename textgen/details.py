@@ -13,37 +13,11 @@ PASSAGE = 700  # tokens of a shaded text
 
 def apart(document: Document, results: Results) -> None:
     """Losses that do not belong beside those of single, static models."""
-    scale, rows = results.scale, []
-    alone = {arm.name: arm.loss * scale for arm in results.finished}
-    for arm, blend in zip((a for a in results.finished if len(a.seeds) > 1), results.ensembles(), strict=True):
-        rows.append(
-            [
-                f"{arm.name}, its {len(arm.seeds)} seeds together",
-                "ensemble",
-                f"{blend.loss * scale:.4f}",
-                f"{alone[arm.name] - blend.loss * scale:.4f}",
-                "each " + f"{blend.weights[0]:.2f}",
-            ]
-        )
-    for blend in results.mixtures() if results.finished else []:
-        weights = ", ".join(f"{n} {w:.2f}" for n, w in zip(blend.names, blend.weights, strict=True))
-        rows.append(
-            [" with ".join(blend.names), "mixture", f"{blend.loss * scale:.4f}", f"{blend.gain * scale:.4f}", weights]
-        )
-    for arm in results.finished:
-        if arm.dynamic is not None:
-            loss = float(arm.dynamic.mean(dtype=np.float64)) * scale
-            rows.append(
-                [
-                    f"{arm.name}, learning as it reads",
-                    "dynamic evaluation",
-                    f"{loss:.4f}",
-                    f"{alone[arm.name] - loss:.4f}",
-                    None,
-                ]
-            )
-    if not rows:
+    blends = results.blends()
+    if not blends:
         return
+    number = lambda nats: f"{round(nats * results.scale, 4) + 0:.4f}"  # + 0: no -0.0000
+    rows = [[b.models, b.kind, number(b.loss), number(b.gain), b.weights] for b in blends]
     document.only_html('<div class="apart">')
     document.heading("Apart from the comparison: together, and adapting")
     document.table(["models", "kind", results.unit, "gain", "weights"], rows)
@@ -67,7 +41,7 @@ WHERE = {
     ),
     "frequency": (
         "Frequency of the token",
-        "times that the training text has it",
+        "times that the training text has it, at least",
         "By how often the training text has the token that came.",
     ),
     "repetition": (
@@ -83,6 +57,11 @@ def where(document: Document, results: Results) -> None:
     if not results.finished:
         return
     document.heading("Where they differ")
+    document.text(
+        f"Each interval below stands by itself, at {results.record['rule']['confidence'] * 100:.3g} %: of many, a few "
+        "leave out zero by chance. A pattern means more than a point.",
+        "note",
+    )
     leader, others = results.finished[0], results.finished[1:]
     groups = results.groups()
     for key, found in groups.items():
@@ -117,7 +96,7 @@ def shaded(document: Document, results: Results) -> None:
     if results.text is None or len(results.finished) < 2:
         return
     tokenizer, tokens, _ = results.text
-    a, b = results.finished[:2]
+    a, b = sorted(results.finished[:2], key=lambda arm: results.colors[arm.name])  # the cool shade is of the first
     gap = a.mean_nats - b.mean_nats
     length = min(PASSAGE, len(gap))
     low, high = analysis.most_different(gap, length)
@@ -132,7 +111,7 @@ def shaded(document: Document, results: Results) -> None:
         return pages.shaded(pieces, gap[here], top=top, two_sided=True, tips=tips)
 
     document.only_html(
-        "<h3>The same text under both</h3>",
+        f"<h3>The same text under {html.escape(a.name)} and {html.escape(b.name)}</h3>",
         pages.paragraph(
             f"Validation text, shaded by who predicts each token better, mean over the seeds. Point at a token for its "
             f"nats. The full shade is {top:.2f} nats.",

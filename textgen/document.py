@@ -30,9 +30,15 @@ class Document:
 
     def figure(self, draw: Callable[[Any], None], *, size: tuple[float, float] = (9.5, 3.6), caption: str = "") -> None:
         self.html.append(pages.figure(draw, size=size, caption=caption))
+        self.markdown.append(f"*(a figure, in report.html) {caption}*".replace(" *", "*"))
 
     def only_html(self, *parts: str) -> None:
         self.html += parts
+
+
+def listed(names: Sequence[str], word: str = "and") -> str:
+    """ "a, b and c"."""
+    return f" {word} ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _cell(value: Any) -> str:

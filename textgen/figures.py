@@ -8,8 +8,8 @@ import numpy as np
 
 from textgen import pages, statistics
 
+HEADROOM = 0.6  # nats above the least loss of a sweep that its figure shows
 Draw = Callable[[Any], None]
-Lines = Mapping[str, tuple[Sequence[float], Sequence[float]]]  # label -> x, y
 
 
 def color(i: int) -> str:
@@ -17,7 +17,7 @@ def color(i: int) -> str:
 
 
 def losses(
-    arms: Mapping[str, Sequence[float]],
+    arms: Mapping[str, Any],
     intervals: Mapping[str, float],
     colors: Mapping[str, int],
     baselines: Mapping[str, float],
@@ -64,7 +64,7 @@ def _frame_on(axes: Any, values: Sequence[float], others: Any) -> None:
     axes.set_xlim(low - margin, high + margin)
 
 
-def curves(arms: Mapping[str, Sequence[Sequence[Sequence[float]]]], colors: Mapping[str, int], unit: str) -> Draw:
+def curves(arms: Mapping[str, Any], colors: Mapping[str, int], unit: str) -> Draw:
     """A thin line for each seed: the validation loss by step.
 
     Args:
@@ -97,24 +97,30 @@ def curves(arms: Mapping[str, Sequence[Sequence[Sequence[float]]]], colors: Mapp
 
 
 def tuning(
-    arms: Mapping[str, Mapping[float, Sequence[float]]],
+    arms: Mapping[str, Any],
     initial: Mapping[str, float],
     colors: Mapping[str, int],
 ) -> Draw:
-    """Left: the loss of every trial by learning rate. Right: the least loss to expect among k trials.
+    """Left: the loss of every trial, what is far off at the top. Right: the least loss to expect among k trials.
 
     Args:
       arms: loss of each seed by learning rate; NaN where one diverged.
       initial: the loss before training; a diverged trial stands there.
     """
 
+    every = [loss for name, some in arms.items() for losses in some.values() for loss in (*losses, initial[name])]
+    top = float(np.nanmin(every)) + HEADROOM
+
     def draw(figure: Any) -> None:
         left, right = figure.subplots(1, 2)
         for name, trials in arms.items():
             filled = {rate: np.fmin(np.asarray(some, float), initial[name]) for rate, some in sorted(trials.items())}
             for rate, some in filled.items():
-                left.plot([rate] * len(some), some, "o", color=color(colors[name]), ms=4, alpha=0.6, mew=0)
-            left.plot(list(filled), [some.mean() for some in filled.values()], color=color(colors[name]), label=name)
+                left.plot(
+                    [rate] * len(some), np.fmin(some, top), "o", color=color(colors[name]), ms=4, alpha=0.6, mew=0
+                )
+            means = [min(some.mean(), top) for some in filled.values()]
+            left.plot(list(filled), means, color=color(colors[name]), label=name)
             best = statistics.best_of_k(np.concatenate(list(filled.values())))
             right.plot(
                 np.arange(1, len(best) + 1),
@@ -125,6 +131,7 @@ def tuning(
                 drawstyle="default",
             )
         left.set_xscale("log")
+        left.set_ylim(top=top + 0.03)
         left.set_title("every trial, and the mean at each rate")
         left.set_xlabel("learning rate")
         left.set_ylabel("loss on the end of the training text, nats per token")
@@ -138,8 +145,8 @@ def tuning(
 
 def groups(
     labels: Sequence[str],
-    losses: Mapping[str, Sequence[float]],
-    differences: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    losses: Mapping[str, Any],
+    differences: Mapping[str, Any],
     colors: Mapping[str, int],
     leader: str,
     axis: str,
@@ -160,7 +167,7 @@ def groups(
         left.set_title("loss, nats per token")
         right.set_title(f"loss less that of {leader}; above the line: worse")
         for axes in (left, right):
-            axes.set_xticks(places, labels, rotation=40 if sum(map(len, labels)) > 36 else 0)
+            axes.set_xticks(places, labels, fontsize=8)
             axes.set_xlabel(axis)
         left.legend()
 

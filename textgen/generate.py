@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from textgen.config import require
-from textgen.sampling import Chain, draw
+from textgen.sampling import Chain, Moment, Number, draw
+from textgen.sampling.core import column
 
 CHUNK = 50  # tokens per dispatch; people ask for multiples of it
 
@@ -46,19 +47,21 @@ class Generated:
 
 @flax.struct.dataclass
 class State:
-    """What the scan carries from token to token.
+    """What the scan carries from token to token, for B rows.
 
     Attributes:
-      carry: the model's past, up to but without `token`.
-      token: [B] the last token, which the next step reads.
+      carry: the model's past.
+      logits: [B, V] of the next token; with guidance [2B, V], those of the second prompts after the first.
+      memory: the chain's.
       position: [B] tokens before the one to be drawn.
-      keys: [B] each row's random key, never advanced: a draw uses fold_in(key, position).
+      made: [B] new ones among them.
     """
 
     carry: Any
-    token: Any
+    logits: Any
+    memory: Any
     position: Any
-    keys: Any
+    made: Any
 
 
 def row_keys(seed: int, rows: int) -> Any:
@@ -80,24 +83,23 @@ class Generator:
         """
         self.max_positions = max_positions
 
-        def prefill(params, prompts, lengths, keys, copies, *, capacity):
-            # All but each prompt's last token; that one is the first step's input.
-            carry = init_carry(prompts.shape[0], capacity)
-            last = jnp.take_along_axis(prompts, lengths[:, None] - 1, axis=1)[:, 0]
-            if prompts.shape[1] > 1:
-                _, carry = step(params, prompts, carry, lengths - 1)
-            state = State(carry, last, lengths, None)
-            state = jax.tree.map(lambda leaf: jnp.take(leaf, copies, axis=0), state)
-            return state.replace(keys=keys)
+        def prefill(params, prompts, lengths, copies, *, capacity):
+            logits, carry = step(params, prompts, init_carry(prompts.shape[0], capacity), lengths)
+            return jax.tree.map(lambda leaf: jnp.take(leaf, copies, axis=0), (carry, logits))
 
-        def decode(params, state, transform, *, steps):
+        def decode(params, state, keys, chain, guidance, *, steps):
             def body(state, _):
-                logits, carry = step(params, state.token[:, None], state.carry, None)
-                drawn = transform(logits)
-                uniforms = jax.vmap(lambda k, p: jax.random.uniform(jax.random.fold_in(k, p)))
-                token = draw(drawn, uniforms(state.keys, state.position))
-                state = State(carry, token, state.position + 1, state.keys)
-                return state, _observe(token, logits, drawn)
+                model = mixed = state.logits
+                if guidance is not None:
+                    model, other = jnp.split(state.logits, 2)
+                    mixed = other + column(guidance) * (model - other)
+                uniform, more = _uniforms(keys, state.position)
+                drawn, commit = chain.step(mixed, state.memory, Moment(state.made, more))
+                token = draw(drawn, uniform)
+                read = token if guidance is None else jnp.concatenate([token, token])
+                logits, carry = step(params, read[:, None], state.carry, None)
+                new = State(carry, logits, commit(token), state.position + 1, state.made + 1)
+                return new, _observe(token, model, drawn)
 
             state, generated = jax.lax.scan(body, state, length=steps)
             return state, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), generated)
@@ -110,10 +112,12 @@ class Generator:
         params: Any,
         prompts: Sequence[Integer[np.ndarray, "_"]],
         keys: Any,
-        transform: Chain,
+        chain: Chain,
         *,
         length: int,
         num_samples: int = 1,
+        guidance: Number | None = None,
+        second_prompts: Sequence[Integer[np.ndarray, "_"]] = (),
         chunk: int = CHUNK,
     ) -> Iterator[Generated]:
         """Yields new tokens as they are made, `chunk` at a time, as NumPy arrays.
@@ -122,8 +126,13 @@ class Generator:
 
         Args:
           prompts: ids of each prompt, of any lengths.
-          keys: [len(prompts) * num_samples] from `row_keys` or elsewhere.
-          transform: numbers scalar, or [B] for the rows.
+          keys: [len(prompts) * num_samples] from `row_keys` or elsewhere. They never advance: a draw
+            uses fold_in(key, tokens before it).
+          chain: numbers scalar, or [B] for the rows.
+          guidance: g of classifier-free guidance (Sanchez et al. 2023): the chain gets the logits
+            z' + g (z - z'), where z' are those after the second prompt and the same new tokens.
+            1 is the prompt alone; a scalar, or [B].
+          second_prompts: one for each prompt, with guidance.
 
         Raises:
           UserError: an empty prompt, or a length below 1.
@@ -131,51 +140,73 @@ class Generator:
         require(length >= 1, f"length must be 1 or more, got {length}.")
         require(num_samples >= 1, f"num_samples must be 1 or more, got {num_samples}.")
         require(len(prompts) > 0, "Give at least one prompt.")
+        prompts = [*prompts, *second_prompts]
         require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
         texts = [np.asarray(p, np.int32) for p in prompts]
         copies = origin = np.repeat(np.arange(len(prompts)), num_samples)
-        limit = self.max_positions
+        rows, limit = len(keys), self.max_positions
+        guidance = None if guidance is None else np.asarray(guidance, np.float32)
         chunk = chunk if limit is None else min(chunk, max(limit // 2, 1))
         state, used, parts = None, 0, []
         for made in range(0, length, chunk):
-            if state is None or (limit is not None and used + chunk - 1 > limit):
+            if state is None or (limit is not None and used + chunk > limit):
                 if parts:
-                    texts = [
-                        np.concatenate([prompts[p], *(part[row] for part in parts)]) for row, p in enumerate(origin)
-                    ]
+                    new = np.concatenate(parts, axis=1)
+                    texts = [np.concatenate([prompts[p], new[row % rows]]) for row, p in enumerate(origin)]
                     copies = np.arange(len(texts))
                 kept = texts
-                if limit is not None and max(map(len, texts)) + chunk - 1 > limit:
-                    kept = [text[-max(limit - chunk, 1) :][-max(limit // 2, 1) :] for text in texts]
+                if limit is not None and max(map(len, texts)) + chunk > limit:
+                    kept = [text[-max(limit // 2, 1) :] for text in texts]
                 used = max(map(len, kept))
                 capacity = bucket(used + (length - made + chunk if limit is None else limit))
-                state = self._start(params, kept, keys, copies, capacity, [len(text) for text in texts])
-            state, generated = self._decode(params, state, transform, steps=chunk)
+                carry, logits = self._prefill(params, *pad(kept), copies, capacity=capacity)
+                if state is None:
+                    state = begin(carry, logits, texts, copies[:rows], chain, bucket(used + length))
+                else:
+                    state = state.replace(carry=carry, logits=logits)
+            state, generated = self._decode(params, state, keys, chain, guidance, steps=chunk)
             used += chunk
             if limit is not None:
                 parts.append(np.asarray(generated.tokens, np.int32))
             yield jax.tree.map(lambda leaf, left=length - made: np.asarray(leaf)[:, :left], generated)
 
-    def _start(self, params, prompts, keys, copies, capacity, positions) -> State:
-        """Prefills, padded to a bucket so that another prompt length seldom compiles."""
-        lengths = np.array([len(p) for p in prompts], np.int32)
-        padded = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        state = self._prefill(params, padded, lengths, keys, copies, capacity=capacity)
-        return state.replace(position=jnp.asarray(np.array(positions, np.int32)[copies]))
-
     def __call__(
-        self, params: Any, prompts: Sequence[Integer[np.ndarray, "_"]], keys: Any, transform: Chain, **options: Any
-    ):
+        self, params: Any, prompts: Sequence[Integer[np.ndarray, "_"]], keys: Any, chain: Chain, **options: Any
+    ) -> Generated:
         """All of `stream` at once: a Generated of NumPy arrays [B, length]."""
-        chunks = list(self.stream(params, prompts, keys, transform, **options))
+        chunks = list(self.stream(params, prompts, keys, chain, **options))
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
+
+
+def pad(prompts: Sequence[Integer[np.ndarray, "_"]]) -> tuple[Any, Any]:
+    """Prompts as ([P, T], lengths [P]), with T a bucket, so that another length seldom compiles."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    padded = np.zeros((len(prompts), bucket(int(lengths.max()))), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return padded, lengths
+
+
+def begin(carry: Any, logits: Any, texts: Any, copies: Any, chain: Chain, room: int) -> State:
+    """The state after a prefill: row i continues texts[copies[i]]."""
+    padded, lengths = pad([texts[i] for i in copies])
+    memory = _remember(chain, padded, lengths, logits.shape[-1], room)
+    return State(carry, logits, memory, jnp.asarray(lengths), jnp.zeros(len(copies), jnp.int32))
+
+
+_remember = jax.jit(Chain.init, static_argnums=(3, 4))
 
 
 def bucket(n: int) -> int:
     """The least power of two that is at least n, or 16."""
     return max(16, 1 << (n - 1).bit_length())
+
+
+def _uniforms(keys: Any, position: Any) -> tuple[Any, Any]:
+    """Each row's random numbers for a position: [B] for the draw, [B] for what else the chain leaves to chance."""
+    here = jax.vmap(jax.random.fold_in)(keys, position)
+    uniform = jax.vmap(jax.random.uniform)
+    return uniform(here), uniform(jax.vmap(jax.random.fold_in, (0, None))(here, 1))
 
 
 def _observe(token: Any, logits: Any, drawn: Any) -> Generated:

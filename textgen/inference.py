@@ -1,8 +1,7 @@
 """A trained model in use: load it, generate, stream, score, evaluate."""
 
-import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,39 +11,10 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from textgen import checkpoints as checkpoints_lib
-from textgen import corpora, data, evaluate, generate, models, sampling, tokenizers
-from textgen.config import Config, require
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One generated text and how it came about.
-
-    Attributes:
-      prompt, text: what was given, and what was made from it.
-      tokens: [N] ids of `text`.
-      log_probability, log_probability_drawn, entropy, entropy_drawn: [N] nats, under the model
-        and under the distribution drawn from.
-      rank, kept: [N] tokens likelier than this one; tokens that the sampler left possible.
-    """
-
-    prompt: str
-    text: str
-    tokens: Integer[np.ndarray, "N"]
-    log_probability: Float[np.ndarray, "N"]
-    log_probability_drawn: Float[np.ndarray, "N"]
-    entropy: Float[np.ndarray, "N"]
-    entropy_drawn: Float[np.ndarray, "N"]
-    rank: Integer[np.ndarray, "N"]
-    kept: Integer[np.ndarray, "N"]
-
-    def summary(self) -> str:
-        """The text's mean surprise and entropy under the model, for people."""
-        return f"{-self.log_probability.mean():.3f} nats per token, the model's entropy {self.entropy.mean():.3f}"
-
-    def record(self) -> dict[str, Any]:
-        """Everything, for JSON; the figures to six digits."""
-        return {k: v if isinstance(v, str) else [round(x, 6) for x in v.tolist()] for k, v in vars(self).items()}
+from textgen import corpora, data, evaluate, models, sampling, tokenizers
+from textgen.config import Config, UserError, require
+from textgen.generate import Generated, Generator, row_keys
+from textgen.samples import Ending, Sample, check_stops, make_chain
 
 
 class TextModel:
@@ -63,7 +33,7 @@ class TextModel:
         def next_token(params: Any, tokens: Any, carry: Any, lengths: Any) -> Any:
             return model.apply({"params": params}, tokens, carry, lengths, method="next_token")
 
-        self._generator = generate.Generator(next_token, model.init_carry, model.max_positions)
+        self._generator = Generator(next_token, model.init_carry, model.max_positions)
         self._evaluators: dict[Any, evaluate.Evaluator] = {}
 
     def generate(self, prompt: str, **options: Any) -> str:
@@ -79,54 +49,133 @@ class TextModel:
         prompts: str | Sequence[str],
         *,
         length: int = 200,
+        min_length: int = 0,
+        stop: str | Sequence[str] = (),
         num_samples: int = 1,
+        first_sample: int = 0,
         seed: int = 0,
+        guidance: float | None = None,
+        second_prompt: str | None = None,
         sampler: sampling.Chain | str | None = None,
-        temperature: float | Sequence[float] | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
+        **plain: Any,
     ) -> list[Sample]:
         """`num_samples` continuations of each prompt, prompt by prompt.
 
         Sample s of a prompt depends on the prompt, the settings, the seed and s alone.
 
         Args:
-          length: new tokens.
-          sampler: a chain, or its text; instead of the plain settings that follow.
-          temperature: 1 if not given; a sequence gives each row its own.
-          top_k, top_p, min_p: applied in this order, after the temperature.
+          length: new tokens, at most.
+          min_length: a stop text that is complete before so many new tokens does not count.
+          stop: texts that end a sample; they are left out of its text.
+          first_sample: the number of the first sample.
+          guidance: how far to lean from what follows `second_prompt` to what follows the prompt
+            (Sanchez et al. 2023): 1 is the prompt alone, above 1 further.
+          sampler: a chain, or its text; instead of the plain settings.
+          **plain: repetition_penalty, temperature, top_k, top_p, min_p, typical, applied in this
+            order; without any, temperature 1. A sequence gives each row its own.
 
         Raises:
           UserError: an empty prompt, one that the tokenizer cannot encode, an impossible setting.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        chain = make_chain(sampler, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        keys = self._keys(seed, len(texts), num_samples)
-        made = self._generator(
-            self.params, [self.encode_prompt(t) for t in texts], keys, chain, length=length, num_samples=num_samples
+        chain = self.chain(sampler, **plain)
+        stops = check_stops(stop, min_length, length, self.tokenizer)
+        numbers = range(first_sample, first_sample + num_samples)
+        endings = [Ending(self.tokenizer, stops, min_length) for _ in range(len(texts) * num_samples)]
+        parts = []
+        for part in self._parts(texts, numbers, seed, chain, guidance, second_prompt, length=length):
+            parts.append(part)
+            if stops:
+                for ending, tokens in zip(endings, part.tokens, strict=True):
+                    ending.add(tokens)
+                if all(ending.stopped is not None for ending in endings):
+                    break
+        made = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
+        recipe = {"step": self.step, "seed": seed, "length": length, "min_length": min_length, "stop": list(stops)}
+        recipe |= {"guidance": guidance, "second_prompt": second_prompt}
+        samples = []
+        for i, ending in enumerate(endings):
+            if stops:
+                ending.finish()
+            row = jax.tree.map(lambda leaf, i=i, n=ending.count if stops else length: leaf[i, :n], made)
+            text = ending.text if stops else self.tokenizer.decode(row.tokens)
+            own = {"sampler": str(chain.row(i)), "sample": numbers[i % num_samples]}
+            samples.append(
+                Sample(texts[i // num_samples], text, **vars(row), recipe=own | recipe, stopped=ending.stopped)
+            )
+        return samples
+
+    def _parts(
+        self,
+        texts: Sequence[str],
+        numbers: range,
+        seed: int,
+        chain: sampling.Chain,
+        guidance: float | None,
+        second_prompt: str | None,
+        **options: Any,
+    ) -> Iterator[Generated]:
+        """Samples of the given numbers as they are made."""
+        require((guidance is None) == (second_prompt is None), "guidance and second_prompt go together: give both.")
+        return self._generator.stream(
+            self.params,
+            [self.encode_prompt(t) for t in texts],
+            self._keys(seed, len(texts), numbers),
+            chain,
+            num_samples=len(numbers),
+            guidance=guidance,
+            second_prompts=[] if second_prompt is None else [self.encode_prompt(second_prompt)] * len(texts),
+            **options,
         )
-        return [
-            Sample(text, self.tokenizer.decode(row.tokens), **vars(row))
-            for text, row in zip(np.repeat(np.array(texts, object), num_samples), _rows(made), strict=True)
-        ]
+
+    def replay(self, record: Mapping[str, Any]) -> Sample:
+        """Makes a recorded sample again.
+
+        Args:
+          record: of `Sample.record()`.
+
+        Raises:
+          UserError: a record that lacks a setting, or one of another checkpoint.
+        """
+        missing = {"prompt", "recipe"} - set(record)
+        require(not missing, f"The record lacks {', '.join(sorted(missing))}: it is none of a sample.")
+        options = dict(record["recipe"])
+        step, sample = options.pop("step"), options.pop("sample")
+        require(step == self.step, f"The sample was made at step {step}, and these parameters are of step {self.step}.")
+        (made,) = self.samples(record["prompt"], first_sample=sample, **options)
+        return made
+
+    def chain(self, sampler: sampling.Chain | str | None = None, **plain: Any) -> sampling.Chain:
+        """The chain that a sampler's text or plain settings describe, checked against the vocabulary."""
+        chain = make_chain(sampler, self.tokenizer.encode, **plain)
+        sampling.check_vocabulary(chain, self.tokenizer.vocab_size)
+        return chain
 
     def stream(
-        self, prompt: str, *, length: int = 200, seed: int = 0, chunk: int = 10, **options: Any
+        self,
+        prompt: str,
+        *,
+        length: int = 200,
+        min_length: int = 0,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        chunk: int = 10,
+        guidance: float | None = None,
+        second_prompt: str | None = None,
+        sampler: sampling.Chain | str | None = None,
+        **plain: Any,
     ) -> Iterator[str]:
         """Yields the text as it is made, whole characters only; options as in `samples`."""
-        decoder = tokenizers.StreamDecoder(self.tokenizer)
-        made = self._generator.stream(
-            self.params,
-            [self.encode_prompt(prompt)],
-            self._keys(seed, 1, 1),
-            make_chain(**options),
-            length=length,
-            chunk=chunk,
-        )
+        ending = Ending(self.tokenizer, check_stops(stop, min_length, length, self.tokenizer), min_length)
+        chain = self.chain(sampler, **plain)
+        made = self._parts([prompt], range(1), seed, chain, guidance, second_prompt, length=length, chunk=chunk)
         for part in made:
-            yield decoder(part.tokens[0])
-        yield decoder([], last=True)
+            ending.add(part.tokens[0])
+            yield ending.take()
+            if ending.stopped is not None:
+                return
+        ending.finish()
+        yield ending.take(last=True)
 
     def print_stream(self, prompt: str, **options: Any) -> None:
         """Prints the prompt and the text as it is made; options as in `stream`."""
@@ -173,37 +222,12 @@ class TextModel:
         return self.tokenizer.encode(prompt)
 
     @staticmethod
-    def _keys(seed: int, prompts: int, num_samples: int) -> Any:
+    def _keys(seed: int, prompts: int, numbers: range) -> Any:
         """Every prompt gets the same keys, so that its samples do not depend on its neighbours."""
         require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}.")
-        require(num_samples >= 1, f"num_samples must be 1 or more, got {num_samples}.")
-        return jnp.tile(generate.row_keys(seed, num_samples), prompts)
-
-
-def make_chain(
-    sampler: sampling.Chain | str | None = None,
-    *,
-    temperature: Any = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-) -> sampling.Chain:
-    """The chain that plain settings stand for: temperature, top_k, top_p, min_p, in this order.
-
-    Raises:
-      UserError: an impossible setting, or a sampler and plain settings at once.
-    """
-    plain = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-    given = {name: value for name, value in plain.items() if value is not None}
-    if sampler is not None:
-        require(not given, f"Give either a sampler or {', '.join(given)}: their order would be a guess.")
-        return sampling.parse(sampler) if isinstance(sampler, str) else sampler
-    return sampling.chain(*(sampling.TRANSFORMS[n](v) for n, v in ({"temperature": 1.0} | given).items()))
-
-
-def _rows(made: generate.Generated) -> Iterator[generate.Generated]:
-    for i in range(len(made.tokens)):
-        yield jax.tree.map(lambda leaf, i=i: leaf[i], made)
+        require(len(numbers) >= 1, f"num_samples must be 1 or more, got {len(numbers)}.")
+        require(numbers.start >= 0, f"first_sample must be 0 or more, got {numbers.start}.")
+        return jnp.tile(row_keys(seed, numbers.stop)[numbers.start :], prompts)
 
 
 def load(workdir: str | Path, *, checkpoint: str | int = "latest") -> TextModel:
@@ -236,6 +260,40 @@ def load(workdir: str | Path, *, checkpoint: str | int = "latest") -> TextModel:
         return TextModel(model, checkpoints.restore_params(step, abstract), tokenizer, config, step)
     finally:
         checkpoints.close()
+
+
+def replay_file(path: str | Path, *, workdir: str | Path | None = None) -> None:
+    """Makes every sample of a file of JSON lines again, and prints it.
+
+    Args:
+      workdir: the run's folder, where it is not the one that the lines name.
+
+    Raises:
+      UserError: no such file, no such checkpoint, or a sample that comes out otherwise.
+    """
+    require(Path(path).is_file(), f"There is no file '{path}'.")
+    models_: dict[Any, TextModel] = {}
+    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    different = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            key = (str(workdir or record["workdir"]), record["recipe"]["step"])
+        except (json.JSONDecodeError, TypeError, KeyError):
+            raise UserError(f"Line {number} of '{path}' is no sample of --json.") from None
+        if key not in models_:
+            models_[key] = load(key[0], checkpoint=key[1])
+        sample = models_[key].replay(record)
+        print(f"--- {sample.recipe['sampler']}, seed {sample.recipe['seed']}, sample {sample.recipe['sample']}")
+        print(sample.prompt + sample.text + "\n")
+        if sample.tokens.tolist() != record.get("tokens"):
+            different.append(str(number))
+    require(
+        not different,
+        f"Made again, but not the same: line {', '.join(different)}. Another machine or version of JAX can round a "
+        "probability across a draw.",
+    )
+    print(f"{len(lines)} made again, the same token by token.")
 
 
 Reports = dict[str, evaluate.Report]  # by how the text was read: "windows", "stream"

@@ -107,17 +107,19 @@ class Job:
         self,
         *,
         on_step: Callable[[int, int, float], None],
+        stopping: Callable[[], bool],
         writers: Callable[[int], list[logs.Writer]] | None = None,
     ) -> None:
         """Trains to the last step, from the last checkpoint on where there is one.
 
         Args:
           on_step: called with (step, steps in the dispatch, mean training loss) when a dispatch is read.
+          stopping: whether a stop was asked for; see `train.stop_on_signals`.
           writers: opens each member's log, to go on at a step; then members are evaluated on the
             way. None: neither.
 
         Raises:
-          train.Interrupted: by a signal; everything so far is saved.
+          train.Interrupted: when a stop was asked for; everything so far is saved.
         """
         config, last = self.config, self.config.train.steps
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -162,7 +164,9 @@ class Job:
         pauses = [(train.every(config.eval.every_steps, last), evaluate_now)] if opened else []
         pauses.append((train.every(config.checkpoint.every_steps, last), save))
         try:
-            self.state = train.drive(self.ensemble, self.state, self.batches, read=read, pauses=pauses, save=save)
+            self.state = train.drive(
+                self.ensemble, self.state, self.batches, read=read, pauses=pauses, save=save, stopping=stopping
+            )
         except train.Diverged:
             pass
         finally:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from textgen import details, figures, pages, statistics
-from textgen.document import Document
+from textgen.document import Document, listed
 from textgen.results import Results
 
 BUDGETS = {
@@ -56,9 +56,11 @@ def write(folder: str | Path) -> None:
 
 def _verdict(document: Document, results: Results) -> None:
     names, corpus, record = [arm.name for arm in results.arms], results.record["corpus"], results.record
-    which = " or ".join(names) if len(names) < 4 else f"{', '.join(names[:-1])} or {names[-1]}"
+    both = "both" if len(names) == 2 else "all"
     document.text(
-        f"Which predicts {corpus['name']} better, {which}, when all have {BUDGETS[record['budget']['kind']]}?", "lead"
+        f"Which predicts {corpus['name']} better, {listed(names, 'or')}, when {both} have "
+        f"{BUDGETS[record['budget']['kind']]}?",
+        "lead",
     )
     leader = results.finished[0].name if results.finished else None
     for (a, _), verdict in results.verdicts.items():
@@ -73,6 +75,13 @@ def _verdict(document: Document, results: Results) -> None:
     if lost:
         document.text(
             f"Not every run finished ({'; '.join(lost)}): the verdict is on those that did. They are listed below."
+        )
+    if results.finished and results.baselines:
+        best = results.baselines[0]
+        below = [arm.name for arm in results.finished if arm.loss < best.loss]
+        document.text(
+            f"For scale: {best.name}, which counts and learns no weights, reaches {best.loss * results.scale:.4f} on "
+            f"this text; {listed(below) or 'no arm'} {'do' if len(below) > 1 else 'does'} better."
         )
     if results.finished:
         loss = results.finished[0].loss * results.scale

@@ -65,18 +65,21 @@ class Baseline:
 
 @dataclasses.dataclass(frozen=True)
 class Blend:
-    """Several models that predict together.
+    """Models that predict together, or that learn as they read; nothing to set beside a single, static model.
 
     Attributes:
-      names, weights: of its members.
+      models: which, in words.
+      kind: "ensemble", "mixture" or "dynamic evaluation".
       loss: nats per token.
-      gain: how much less that is than the loss of its best member.
+      gain: how much less that is than what they reach by themselves.
+      weights: of the models, in words.
     """
 
-    names: tuple[str, ...]
-    weights: tuple[float, ...]
+    models: str
+    kind: str
     loss: float
     gain: float
+    weights: str | None
 
 
 class Results:
@@ -161,30 +164,33 @@ class Results:
 
     # Together
 
-    def ensembles(self) -> list[Blend]:
-        """The seeds of each arm, averaged in probability."""
-        several = [arm for arm in self.finished if len(arm.seeds) > 1]
-        return [
-            _blend(tuple(f"{arm.name}, seed {s}" for s in arm.seeds), arm.nats, analysis.ensemble(arm.nats))
-            for arm in several
-        ]
-
-    def mixtures(self) -> list[Blend]:
-        """The best arm with each other one, and every arm with the best baseline; mean over the seeds."""
+    def blends(self) -> list[Blend]:
+        """The ensemble of each arm's seeds; mixtures; dynamic evaluation, where it was done (see `dynamic.add`)."""
+        ensembles = [self._ensemble(arm) for arm in self.finished if len(arm.seeds) > 1]
         pairs = [(self.finished[0], other) for other in self.finished[1:]]
-        pairs += [(arm, self.baselines[0]) for arm in self.finished[: len(self.finished) * bool(self.baselines)]]
-        return [self._mixture(a, b) for a, b in pairs]
+        pairs += [(arm, baseline) for arm in self.finished for baseline in self.baselines[:1]]
+        dynamic = [self._dynamic(arm) for arm in self.finished if arm.dynamic is not None]
+        return [*ensembles, *(self._mixture(a, b) for a, b in pairs), *dynamic]
 
-    def _mixture(self, a: Arm, b: Arm | Baseline) -> Blend:
+    @staticmethod
+    def _ensemble(arm: Arm) -> Blend:
+        loss, count = float(analysis.ensemble(arm.nats).mean()), len(arm.seeds)
+        return Blend(f"{arm.name}, its {count} seeds", "ensemble", loss, arm.loss - loss, f"each 1/{count}")
+
+    @staticmethod
+    def _dynamic(arm: Arm) -> Blend:
+        loss = float(arm.dynamic.mean(dtype=np.float64))
+        return Blend(f"{arm.name}, learning as it reads", "dynamic evaluation", loss, arm.loss - loss, None)
+
+    @staticmethod
+    def _mixture(a: Arm, b: Arm | Baseline) -> Blend:
+        """Seed by seed; the mean over the seeds."""
         others = b.nats if isinstance(b, Arm) else [b.nats] * len(a.nats)
-        blends = []
-        for mine, other in zip(a.nats, others, strict=False):
-            both = np.stack([mine, other])
-            made, weights = analysis.mixed(both)
-            blends.append(_blend((a.name, b.name), both, made, tuple(float(w) for w in weights)))
-        mean = lambda name: float(np.mean([getattr(blend, name) for blend in blends]))
-        weights = tuple(float(w) for w in np.mean([blend.weights for blend in blends], 0))
-        return Blend((a.name, b.name), weights, mean("loss"), mean("gain"))
+        made = [analysis.mixed(np.stack(pair)) for pair in zip(a.nats, others, strict=False)]
+        loss = float(np.mean([nats.mean() for nats, _ in made]))
+        mine, other = np.mean([weights for _, weights in made], 0)
+        weights = f"{a.name} {mine:.2f}, {b.name} {other:.2f}"
+        return Blend(f"{a.name} with {b.name}", "mixture", loss, min(a.loss, b.loss) - loss, weights)
 
     # The text
 
@@ -214,9 +220,3 @@ class Results:
             found["repetition"] = analysis.by_repetition(tokens, window)
         # A group of a handful says nothing.
         return {name: {k: g for k, g in groups.items() if g.sum() >= 20} for name, groups in found.items()}
-
-
-def _blend(names: tuple[str, ...], members: Any, together: Any, weights: tuple[float, ...] = ()) -> Blend:
-    loss = float(together.mean(dtype=np.float64))
-    best = float(members.mean(1, dtype=np.float64).min())
-    return Blend(names, weights or (1 / len(members),) * len(members), loss, best - loss)

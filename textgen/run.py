@@ -25,8 +25,7 @@ from textgen.models import ngram
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second launch starts at once."""
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "textgen" / "jax"))
+        jax.config.update("jax_compilation_cache_dir", str(data.cache_folder() / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
@@ -123,8 +122,7 @@ class Session:
             if config.log.histograms:
                 for name, values in _leaves(state.params):
                     writer.histogram(step, name, np.asarray(values))
-            for temperature, sample in zip(config.sample.temperatures, self._ladder(model), strict=True):
-                writer.text(step, f"samples/temperature {temperature:g}", sample.prompt + sample.text)
+            self._log_samples(model, writer)
             writer.flush()
             display.print(
                 f"step {step}  validation loss {report.loss:.4f}  ({report.bits_per_character:.4f} bits per character)"
@@ -162,7 +160,7 @@ class Session:
                     save=save,
                 )
             checkpoints.wait()
-            final = self._finish(state, writer)
+            final = self._finish(int(state.step), state.eval_params, writer)
             return final
         except train.Diverged:
             checkpoints.wait()
@@ -189,10 +187,13 @@ class Session:
             seed=self.config.seed,
         )
 
-    def _finish(self, state: train.State, writer: logs.Writer) -> dict[str, float]:
+    def _log_samples(self, model: inference.TextModel, writer: logs.Writer) -> None:
+        for temperature, sample in zip(self.config.sample.temperatures, self._ladder(model), strict=True):
+            writer.text(model.step, f"samples/temperature {temperature:g}", sample.prompt + sample.text)
+
+    def _finish(self, step: int, params: Any, writer: logs.Writer) -> dict[str, float]:
         """The last evaluation, in windows and as a stream, and samples; printed, logged and returned."""
-        config, step = self.config, int(state.step)
-        model = self.model.with_params(state.eval_params, step)
+        config, model = self.config, self.model.with_params(params, step)
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
         reports = {name: inference.evaluate_both(model, split) for name, split in splits.items() if split is not None}
         final = {}
@@ -231,29 +232,30 @@ class CountingSession(Session):
 
     def run(self) -> dict[str, float]:
         """Evaluates what was counted, samples, saves, and returns the final metrics."""
-        config_lib_dict = config_lib.to_dict(self.config)
         checkpoints_lib.save_setup(self.workdir, self.config, self.overrides, self.dataset.tokenizer)
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, self.config.checkpoint.keep)
         writer = logs.Writer(self.workdir, 0)
         final: dict[str, float] = {}
         try:
-            state = Counted(1, jax.tree.map(jnp.asarray, self.tables))
-            final = self._finish(state, writer)
+            state = Counted(jax.tree.map(jnp.asarray, self.tables))
+            final = self._finish(1, state.eval_params, writer)
             writer.scalars(1, {k: v for k, v in final.items() if k.startswith("eval/")})
+            self._log_samples(self.model.with_params(state.eval_params, 1), writer)
             checkpoints.save(1, state, final["eval/loss"])
             checkpoints.wait()
             return final
         finally:
-            writer.hparams(config_lib.flatten(config_lib_dict), {f"final/{k}": v for k, v in final.items()})
+            writer.hparams(
+                config_lib.flatten(config_lib.to_dict(self.config)), {f"final/{k}": v for k, v in final.items()}
+            )
             writer.close()
             checkpoints.close()
 
 
 @dataclasses.dataclass(frozen=True)
 class Counted:
-    """What a counting run saves: a step, and what to evaluate with."""
+    """What a counting run saves."""
 
-    step: int
     eval_params: ngram.Tables
 
 

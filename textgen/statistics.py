@@ -10,7 +10,8 @@ does to a block, which both hold, is counted once.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -157,7 +158,7 @@ def text_interval(nats: Float[np.ndarray, "N"], *, block: int = 512, confidence:
     return float(low), float(high)
 
 
-def seed_interval(losses: Sequence[float], confidence: float = 0.95) -> float:
+def seed_interval(losses: Any, confidence: float = 0.95) -> float:
     """Half the width of the interval of an arm's mean loss over its seeds, on this text; NaN for one seed.
 
     Student's t: exact if seeds are normal, and weak with few of them: with 3, it is 4.3 standard
@@ -169,7 +170,7 @@ def seed_interval(losses: Sequence[float], confidence: float = 0.95) -> float:
     return student_t(confidence, len(losses) - 1) * error
 
 
-def best_of_k(losses: Sequence[float]) -> Float[np.ndarray, "K"]:
+def best_of_k(losses: Any) -> Float[np.ndarray, "K"]:
     """The expected least loss among k trials, for k = 1 ... all, had the trials been these in random order.
 
     The unbiased estimate, over all subsets of k (Tang et al. 2020); that of Dodge et al. (2019)
@@ -182,7 +183,7 @@ def best_of_k(losses: Sequence[float]) -> Float[np.ndarray, "K"]:
     return np.array(ways).reshape(count, count) @ ordered
 
 
-def rate_sensitivity(losses: Mapping[float, Sequence[float]], initial: float) -> float:
+def rate_sensitivity(losses: Mapping[float, Any], initial: float) -> float:
     """How much a learning rate off the best costs: mean over the rates of min(loss, initial) less the best.
 
     Wortsman et al. (2023). Nats per token; a trial that diverged counts as the loss before training.
@@ -246,7 +247,7 @@ def verdict(
             "Two seeds or more are needed, better five."
         )
         return Verdict("unresolved", text, d)
-    over = f"({confidence * 100:.3g} % interval over the text and {seeds_in_words(d.a.seeds, d.b.seeds)})"
+    over = f"({confidence * 100:.3g} % interval over the text and {_seeds(names, d)})"
     lower = f"the loss of {a} was lower than that of {b} by {interval} {over}"
     if d.half_width + abs(d.mean) < smallest:
         return Verdict(
@@ -269,12 +270,15 @@ def _advice(d: Difference, smallest: float) -> str:
     for seeds in range(now + 1, MOST_SEEDS):
         arms = (dataclasses.replace(arm, seeds=seeds) for arm in (d.a, d.b))
         if _half_width(d.text, d.blocks, *arms, d.confidence) < target:
-            return f"If the difference stays as it is, about {seeds - now} more seeds of each arm would settle it."
+            more = f"{seeds - now} more seed{'s' * (seeds - now > 1)}"
+            return f"If the difference stays as it is, about {more} of each arm would settle it."
     return f"More than {MOST_SEEDS} seeds would be needed: take more validation text, or call it a tie."
 
 
-def seeds_in_words(a: int, b: int) -> str:
-    return f"{a} seeds of each" if a == b else f"{a} and {b} seeds"
+def _seeds(names: tuple[str, str], d: Difference) -> str:
+    if d.a.seeds == d.b.seeds:
+        return f"{d.a.seeds} seeds of each"
+    return f"{d.a.seeds} seeds of {names[0]} and {d.b.seeds} of {names[1]}"
 
 
 def rounded(value: float, error: float) -> tuple[str, str]:

@@ -220,7 +220,7 @@ class Diverged(Exception):
 
 
 @contextmanager
-def _stop_on_signals() -> Iterator[Callable[[], bool]]:
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM ask once for a stop at the next whole dispatch; a second Ctrl-C stops at once."""
     asked = []
 
@@ -287,7 +287,8 @@ def loop(
         if rows["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
             raise Diverged
 
-    return drive(trainer, state, batches, read=read, pauses=pauses, save=save)
+    with stop_on_signals() as stopping:
+        return drive(trainer, state, batches, read=read, pauses=pauses, save=save, stopping=stopping)
 
 
 def curve(
@@ -320,12 +321,14 @@ def drive(
     read: Callable[[int, int, dict[str, np.ndarray], float], None],
     pauses: Sequence[Pause],
     save: Callable[[int, Any], None],
+    stopping: Callable[[], bool],
 ) -> Any:
     """Dispatches from state.step to train.steps, for one run or for several at once.
 
     Args:
       trainer: what has a `config` and a `dispatch`.
       read: called with (first step, count, the dispatch's rows, its seconds) while the next one is under way.
+      stopping: whether a stop was asked for; see `stop_on_signals`.
       pauses, save, and what is raised: as in `loop`.
     """
     total, most = trainer.config.train.steps, trainer.config.train.steps_per_dispatch
@@ -341,22 +344,21 @@ def drive(
         seconds, clock = now - clock, now
         read(first, count, rows, seconds)
 
-    with _stop_on_signals() as stopping:
-        while step < total:
-            due = [(when(step), call) for when, call in pauses]
-            count = int(min(most, total - step, *(end - step for end, _ in due)))
-            state, rows = trainer.dispatch(state, *batches(step, count))
-            if pending:
-                read_oldest()
-            pending.append((step, count, rows))
-            step += count
-            calls = [call for end, call in due if end == step]
-            if calls or stopping() or step == total:
-                read_oldest()
-                for call in calls:
-                    call(step, state)
-                clock = time.perf_counter()
-            if stopping() and step < total:
-                save(step, state)
-                raise Interrupted(step)
+    while step < total:
+        due = [(when(step), call) for when, call in pauses]
+        count = int(min(most, total - step, *(end - step for end, _ in due)))
+        state, rows = trainer.dispatch(state, *batches(step, count))
+        if pending:
+            read_oldest()
+        pending.append((step, count, rows))
+        step += count
+        calls = [call for end, call in due if end == step]
+        if calls or stopping() or step == total:
+            read_oldest()
+            for call in calls:
+                call(step, state)
+            clock = time.perf_counter()
+        if stopping() and step < total:
+            save(step, state)
+            raise Interrupted(step)
     return state

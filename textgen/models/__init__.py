@@ -15,12 +15,15 @@ No carry in (a fresh sequence), none out. The contract is tested for every name 
 import jax.numpy as jnp
 
 from textgen.config import Config, did_you_mean, require
+from textgen.models.gru import GRU
+from textgen.models.hybrid import Hybrid
 from textgen.models.language_model import LanguageModel
 from textgen.models.lstm import LSTM
+from textgen.models.mingru import MinGRU
 from textgen.models.ngram import NGram
 from textgen.models.transformer import Transformer
 
-BACKBONES = {"lstm": LSTM, "transformer": Transformer}
+BACKBONES = {"gru": GRU, "hybrid": Hybrid, "lstm": LSTM, "mingru": MinGRU, "transformer": Transformer}
 
 Model = LanguageModel | NGram  # what can be evaluated, sampled from and loaded
 

@@ -29,6 +29,11 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+def residual_init(layers: int) -> Initializer:
+    """For what is added to the residual stream: small, so that its variance does not grow with depth."""
+    return nn.initializers.variance_scaling(1 / (2 * layers), "fan_in", "normal")
+
+
 class Norm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016), computed in float32."""
 
@@ -66,3 +71,27 @@ class Dropout(nn.Module):
         bits = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
         mask = jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]] < kept
         return jnp.where(mask, x * (256 / max(kept, 1)), 0).astype(x.dtype)
+
+
+def feed_forward(
+    x: Float[Array, "B T D"],
+    hidden: int,
+    activation: str,
+    layers: int,
+    norm: str,
+    dropout: float,
+    dtype: jnp.dtype,
+    train: bool,
+) -> Float[Array, "B T D"]:
+    """x + down(activation(up(norm(x)))), `hidden` wide; its parameters are those of the block that calls it."""
+    bias = norm == "layernorm"
+    gated = activation == "swiglu"
+    y = Norm(norm, name="feed_forward_norm")(x)
+    y = Linear((1 + gated) * hidden, bias, dtype=dtype, name="up")(y)
+    if gated:
+        gate, y = jnp.split(y, 2, -1)
+        y = jax.nn.silu(gate) * y
+    else:
+        y = jax.nn.gelu(y) if activation == "gelu" else jnp.square(jax.nn.relu(y))
+    y = Linear(x.shape[-1], bias, residual_init(layers), dtype, name="down")(y)
+    return x + Dropout(dropout, name="feed_forward_dropout")(y, train)

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Integer
 from textgen.config import ModelConfig
 from textgen.models.layers import Dropout
 
-Carry = tuple[tuple[Float[Array, "B D"], Float[Array, "B D"]], ...]  # (h, c) of each layer
+Carry = tuple[tuple[Float[Array, "B D"], ...], ...]  # (h, c) of each layer
 
 
 class LSTM(nn.Module):
@@ -27,9 +27,16 @@ class LSTM(nn.Module):
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
+    states = 2  # arrays that a layer carries
+
+    @property
+    def layer(self) -> type[nn.Module]:
+        """What the stack is made of."""
+        return Layer
+
     @classmethod
     def from_config(cls, config: ModelConfig, context: int) -> "LSTM":
-        del context  # an LSTM's memory has no edge
+        del context  # its memory has no edge
         return cls(config.width, config.layers, config.dropout, config.remat, jnp.dtype(config.compute_dtype))
 
     @property
@@ -41,7 +48,7 @@ class LSTM(nn.Module):
         """An empty past. Its size does not depend on `max_length`."""
         del max_length
         zeros = jnp.zeros((batch_size, self.width), jnp.float32)
-        return ((zeros, zeros),) * self.layers
+        return ((zeros,) * self.states,) * self.layers
 
     def flops_per_token(self, length: int) -> float:
         """Of a forward pass's matrix products; `length` makes no difference."""
@@ -57,7 +64,7 @@ class LSTM(nn.Module):
         *,
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Carry | None]:
-        layer = nn.remat(Layer) if self.remat else Layer
+        layer = nn.remat(self.layer) if self.remat else self.layer
         states = self.init_carry(x.shape[0], 0) if carry is None else carry
         new_states = []
         for i, state in enumerate(states):
@@ -79,7 +86,7 @@ class Layer(nn.Module):
         width = self.width
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
         kernel = self.param("kernel", init, (inputs, 4 * width), jnp.float32)
-        recurrent = self.param("recurrent", _orthogonal_gates, (width, 4 * width), jnp.float32)
+        recurrent = self.param("recurrent", orthogonal_gates, (width, 4 * width), jnp.float32)
         bias = self.param("bias", _forget_bias, (4 * width,), jnp.float32)
 
         x = jnp.swapaxes(x, 0, 1).reshape(steps * rows, inputs)  # time first: a scan reads whole slices
@@ -92,10 +99,10 @@ class Layer(nn.Module):
         return jnp.swapaxes(hidden, 0, 1), state
 
 
-def _orthogonal_gates(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "D F"]:
+def orthogonal_gates(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "D F"]:
     """Each gate's recurrent matrix is orthogonal (Saxe et al. 2014)."""
-    init = nn.initializers.orthogonal()
-    return jnp.concatenate([init(k, (shape[0], shape[1] // 4), dtype) for k in jax.random.split(key, 4)], axis=1)
+    init, (width, features) = nn.initializers.orthogonal(), shape
+    return jnp.concatenate([init(k, (width, width), dtype) for k in jax.random.split(key, features // width)], axis=1)
 
 
 def _forget_bias(key: Array, shape: tuple[int], dtype: Any) -> Float[Array, "F"]:

@@ -15,9 +15,10 @@ context's successors lie side by side and the next level's contexts are numbered
 """
 
 import dataclasses
+import itertools
+import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer, Shaped
@@ -98,7 +99,7 @@ def _successors(level: Tables, context: Any) -> tuple[Any, Any]:
 def _distribution(tables: Tables, contexts: Any) -> Any:
     """[..., V] the probability of each next token, from the shortest context to the longest."""
     shape = contexts.shape[:-1]
-    contexts = contexts.reshape(-1, contexts.shape[-1])  # [N, C]
+    contexts = contexts.reshape(math.prod(shape), contexts.shape[-1])  # [N, C]
     p = jnp.broadcast_to(tables["unigram"], (len(contexts), len(tables["unigram"])))
     row = jnp.arange(len(contexts))[:, None]
     for k in range(1, contexts.shape[-1] + 1):
@@ -131,7 +132,7 @@ def fit(tokens: Shaped[np.ndarray, "N"], order: int, vocab_size: int, discount: 
     Raises:
       UserError: order below 1, a text no longer than the order, a token outside the vocabulary.
     """
-    require(order >= 1, f"The order of an n-gram model must be 1 or more, got {order}.")
+    require(order >= 1, f"The order of an n-gram model (model.ngram.order) must be 1 or more, got {order}.")
     require(
         len(tokens) > order,
         f"An n-gram model of order {order} takes a text of more than {order} tokens, got {len(tokens)}: "
@@ -139,31 +140,22 @@ def fit(tokens: Shaped[np.ndarray, "N"], order: int, vocab_size: int, discount: 
     )
     require(
         discount is None or 0 < discount <= 1,
-        f"The discount of an n-gram model must lie in (0, 1], got {discount}; leave it out to have it estimated.",
+        f"The discount of an n-gram model (model.ngram.discount) must lie in (0, 1], got {discount}; None: estimated.",
     )
     _check_vocabulary(tokens, vocab_size)
-    tokens = np.asarray(tokens, np.int64)
-    # Level by level: the k-gram that ends at each place of the text has the number of its key among the
-    # sorted keys (number of the (k-1)-gram before its last token, last token).
-    number, contexts = tokens, vocab_size
-    shape: list[Any] = [None]  # first, token of each level
-    shorter: list[Any] = []  # of each k-gram, the number of the (k-1)-gram that it ends in
-    for _ in range(1, order):
-        keys, inverse = np.unique(number[:-1] * vocab_size + tokens[-len(number) + 1 :], return_inverse=True)
-        suffix = np.empty(len(keys), np.int64)
-        suffix[inverse] = number[1:]
-        shorter.append(suffix)
-        shape.append((np.searchsorted(keys, np.arange(contexts + 1) * vocab_size), keys % vocab_size))
-        number, contexts = inverse, len(keys)
+    levels = _levels(np.asarray(tokens, np.int64), order, vocab_size)
     # Of the longest n-grams the occurrences count, of the shorter ones the distinct longer ones that end in them.
-    sizes = [vocab_size, *(len(suffix) for suffix in shorter)]
-    counts = [np.bincount(suffix, minlength=size) for suffix, size in zip(shorter, sizes, strict=False)]
-    counts.append(np.bincount(number, minlength=sizes[-1]))
+    counts = []
+    for (_, token, number), (_, longer_token, longer) in itertools.pairwise(levels):
+        ending = np.empty(len(longer_token), np.int64)
+        ending[longer] = number[1:]
+        counts.append(np.bincount(ending, minlength=len(token)))
+    counts.append(np.bincount(levels[-1][2], minlength=len(levels[-1][1])))
 
-    weight, backoff = _discounted(counts[0], np.array([0, vocab_size]), discount)
+    weight, backoff = _discounted(counts[0], levels[0][0], discount)
     tables: Tables = {"unigram": np.float32(weight + backoff / vocab_size), "levels": {}}
     for k in range(1, order):
-        first, token = shape[k]
+        first, token, _ = levels[k]
         weight, backoff = _discounted(counts[k], first, discount)
         tables["levels"][str(k)] = {
             "first": np.int32(first),
@@ -173,6 +165,22 @@ def fit(tokens: Shaped[np.ndarray, "N"], order: int, vocab_size: int, discount: 
             "place": np.arange(np.diff(first).max(), dtype=np.int32),
         }
     return tables
+
+
+def _levels(tokens: Any, order: int, vocab_size: int) -> list[tuple[Any, Any, Any]]:
+    """The distinct n-grams of each length 1 ... order, and where they stand.
+
+    Returns:
+      For each length: first, where the successors of each context begin, as in `fit`; the last token
+      of each n-gram; and which n-gram ends at each place of the text that one can end at.
+    """
+    levels = [(np.array([0, vocab_size]), np.arange(vocab_size), tokens)]
+    for _ in range(1, order):
+        _, token, number = levels[-1]
+        keys, longer = np.unique(number[:-1] * vocab_size + tokens[1 - len(number) :], return_inverse=True)
+        first = np.searchsorted(keys, np.arange(len(token) + 1) * vocab_size)
+        levels.append((first, keys % vocab_size, longer))
+    return levels
 
 
 def _discounted(counts: Any, first: Any, discount: float | None) -> tuple[Any, Any]:
@@ -233,3 +241,47 @@ def nats(tables: Tables, tokens: Shaped[np.ndarray, "N"]) -> Float[np.ndarray, "
         p[k - 1 :] += np.where(seen, level["weight"][place], 0.0)
         context = np.where(seen, place, -1)[:-1]
     return -np.log(p)
+
+
+def adaptive_nats(
+    train: Shaped[np.ndarray, "N"],
+    tokens: Shaped[np.ndarray, "M1"],
+    order: int,
+    vocab_size: int,
+    discount: float | None = None,
+) -> Float[np.ndarray, "M"]:
+    """-ln p of each token after the first where counting goes on: each from the counts of all before it, train first.
+
+    `tokens` follows `train`. The discounts are those of `train`. This is another task than that of
+    `nats`, which learns nothing from the text it predicts: report it in a column of its own.
+    """
+    _check_vocabulary(tokens, vocab_size)
+    text = np.concatenate([train, tokens]).astype(np.int64)
+    numbers = [number for _, _, number in _levels(text, order, vocab_size)]
+    p = np.full(len(text), 1 / vocab_size)
+    for k, gram in enumerate(numbers):  # gram[i] ends at the text's place i + k
+        context = numbers[k - 1][:-1] if k else np.zeros_like(gram)
+        counted = np.ones(len(gram), bool)
+        if k + 1 < order:  # only when the n-gram that is longer by one appears for the first time
+            counted[:] = False
+            counted[1 + np.unique(numbers[k + 1], return_index=True)[1]] = True
+        trained = gram[: len(train) - k][counted[: len(train) - k]]
+        by_count = discounts(np.bincount(trained)) if discount is None else np.array([0, discount, discount, discount])
+        count = _before(gram, counted)
+        known = np.minimum(count, 3).astype(int)
+        total = _before(context, counted)
+        taken = _before(context, counted * np.append(np.diff(by_count), 0)[known])
+        mixed = (count - by_count[known] + taken * p[k:]) / np.maximum(total, 1)
+        p[k:] = np.where(total > 0, mixed, p[k:])
+    return -np.log(p[len(train) + 1 :])
+
+
+def _before(group: Any, values: Any) -> Any:
+    """At each place, the sum of the values at earlier places of its group."""
+    order = np.argsort(group, kind="stable")
+    values = values[order].astype(np.float64)
+    sums = np.cumsum(values) - values
+    begins = np.concatenate([[True], np.diff(group[order]) != 0])
+    result = np.empty(len(group))
+    result[order] = sums - sums[begins][np.cumsum(begins) - 1]
+    return result

@@ -4,6 +4,7 @@ Rotary positions: Su et al. 2021. Grouped-query attention: Ainslie et al. 2023. 
 2020. Squared ReLU: So et al. 2021. Normalised queries and keys: Henry et al. 2020.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig, TransformerConfig
-from textgen.models.layers import Dropout, Linear, Norm
+from textgen.models.layers import Dropout, Linear, Norm, feed_forward, residual_init
 
 
 @flax.struct.dataclass
@@ -81,6 +82,11 @@ class Transformer(nn.Module):
         feed_forward = 2 * width * o.feed_forward_width * (3 if o.activation == "swiglu" else 2)
         return self.layers * (qkv_and_out + 4 * width * seen + feed_forward)
 
+    def block(self, i: int) -> Callable:
+        """Layer i: (x, positions, past, lengths, train) -> (x, past)."""
+        kind = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
+        return kind(self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, name=f"block_{i}")
+
     @nn.compact
     def __call__(
         self,
@@ -98,14 +104,10 @@ class Transformer(nn.Module):
             x = x + table[jnp.minimum(positions, self.context - 1)].astype(x.dtype)
         x = Dropout(self.dropout, name="dropout")(x, train)
 
-        block = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
         memory = []
         for i in range(self.layers):
-            layer = block(
-                self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, name=f"block_{i}"
-            )
             past = None if carry is None else (carry.memory[i], carry.position, carry.written)
-            x, kept = layer(x, positions, past, lengths, train)
+            x, kept = self.block(i)(x, positions, past, lengths, train)
             memory.append(kept)
         if carry is None:
             return x, None
@@ -130,8 +132,6 @@ class Block(nn.Module):
     def __call__(self, x: Any, positions: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
         o, width = self.options, x.shape[-1]
         bias = self.norm == "layernorm"
-        # What is added to the residual stream begins small, so that its variance does not grow with depth.
-        small = nn.initializers.variance_scaling(1 / (2 * self.layers), "fan_in", "normal")
         linear = lambda features, name, init=Linear.kernel_init: Linear(features, bias, init, self.dtype, name=name)
 
         heads, groups, key_width = o.heads, o.kv_heads or o.heads, width // o.heads
@@ -144,17 +144,12 @@ class Block(nn.Module):
             q, k = rotate(jnp.concatenate([q, k], axis=1), positions, o.rope_base, heads)
         y, memory = attention(q, k, v, positions, past, lengths, self.context)
         y = jnp.swapaxes(y, 1, 2).reshape(x.shape)  # [B, T, D]
-        x = x + Dropout(self.dropout, name="attention_dropout")(linear(width, "out", small)(y), train)
+        x = x + Dropout(self.dropout, name="attention_dropout")(
+            linear(width, "out", residual_init(self.layers))(y), train
+        )
 
-        y = Norm(self.norm, name="feed_forward_norm")(x)
-        if o.activation == "swiglu":
-            gate, y = jnp.split(linear(2 * o.feed_forward_width, "up")(y), 2, -1)
-            y = jax.nn.silu(gate) * y
-        else:
-            y = linear(o.feed_forward_width, "up")(y)
-            y = jax.nn.gelu(y) if o.activation == "gelu" else jnp.square(jax.nn.relu(y))
-        y = linear(width, "down", small)(y)
-        return x + Dropout(self.dropout, name="feed_forward_dropout")(y, train), memory
+        x = feed_forward(x, o.feed_forward_width, o.activation, self.layers, self.norm, self.dropout, self.dtype, train)
+        return x, memory
 
 
 def rotate(

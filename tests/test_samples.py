@@ -1,0 +1,126 @@
+"""A text's end, its recipe, and what the settings stand for."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import noisy_params, tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from textgen import inference, models, samples, sampling, tokenizers
+from textgen.config import UserError
+
+ALPHABET = "abcdé\n"
+
+
+def text_model(tokenizer, **overrides):
+    config = tiny({"model.backbone": "lstm"} | overrides)
+    model = models.build(config, tokenizer.vocab_size)
+    return inference.TextModel(model, noisy_params(model), tokenizer, config, 7)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return text_model(tokenizers.CharacterTokenizer("".join(sorted(ALPHABET))))
+
+
+def cut(text, stops, min_length):
+    """The definition: at the first stop text that is complete at min_length characters or later."""
+    ends = [(i + len(s), i) for s in stops for i in range(len(text)) if text.startswith(s, i)]
+    ends = sorted((end, start) for end, start in ends if end >= max(min_length, 1))
+    if not ends:
+        return text, len(text)
+    end = ends[0][0]
+    return text[: min(start for e, start in ends if e == end)], end
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text("ab", max_size=20),
+    st.lists(st.text("ab", min_size=1, max_size=3), max_size=3),
+    st.integers(0, 9),
+    st.sampled_from(["characters", "bytes"]),
+)
+def test_a_text_ends_at_its_first_stop_text_and_streams_to_the_same(text, stops, min_length, kind):
+    text, stops = text.replace("a", "é"), [s.replace("a", "é") for s in stops]  # two bytes each
+    tokenizer = tokenizers.CharacterTokenizer("bé") if kind == "characters" else tokenizers.ByteTokenizer()
+    min_length = min_length if kind == "characters" else 0  # in tokens
+    whole, streamed = (samples.Ending(tokenizer, stops, min_length) for _ in range(2))
+    given = ""
+    ids = tokenizer.encode(text) if text else []
+    whole.add(ids)
+    whole.finish()
+    for i in ids:
+        streamed.add([i])
+        given += streamed.take()
+        assert whole.text.startswith(given)
+    streamed.finish()
+    given += streamed.take(last=True)
+    wanted, end = cut(text, stops, min_length)
+    assert given == whole.text == wanted
+    if kind == "characters":
+        assert whole.count == end
+        assert (whole.stopped is None) == (wanted == text)
+
+
+def test_stop_texts_end_each_sample_on_its_own(lm):
+    options = {"length": 120, "num_samples": 4, "seed": 2, "temperature": 2.0}
+    free = lm.samples("ab", **options)
+    for sample, whole in zip(lm.samples("ab", stop=["cd", "é"], min_length=5, **options), free, strict=True):
+        text, end = cut(whole.text, ["cd", "é"], 5)
+        assert sample.text == text
+        np.testing.assert_array_equal(sample.tokens, whole.tokens[:end])
+        assert len(sample.log_probability) == end
+        assert sample.stopped in ("cd", "é")
+    streamed = "".join(lm.stream("ab", length=120, seed=2, temperature=2.0, stop="cd", chunk=7))
+    assert streamed == cut(free[0].text, ["cd"], 0)[0]
+
+
+def test_a_sample_is_made_again_from_its_record(lm):
+    sampler = "repetition_penalty(1.2), temperature([0.5, 1, 1.5, 0.33333333, 0.7, 3]), banned('d')"
+    options = {"stop": "aa", "min_length": 3, "guidance": 1.5, "second_prompt": "\n", "sampler": sampler}
+    made = lm.samples(["ab", "c"], length=30, num_samples=3, seed=5, **options)
+    for sample in made:
+        again = lm.replay(json.loads(json.dumps(sample.record())))
+        assert again.record() == sample.record()
+    assert made[4].recipe["sample"] == 1
+    assert made[4].recipe["sampler"] == "repetition_penalty(1.2), temperature(0.7), banned([4])"
+    (third,) = lm.samples("ab", length=9, seed=5, first_sample=2)
+    assert third.text == lm.samples("ab", length=9, seed=5, num_samples=3)[2].text
+
+
+def test_what_the_plain_settings_stand_for():
+    assert str(samples.make_chain(temperature=0.8, top_p=0.9, top_k=5)) == "temperature(0.8), top_k(5), top_p(0.9)"
+    assert str(samples.make_chain(typical=0.9, repetition_penalty=1.1)) == "repetition_penalty(1.1), typical(0.9)"
+    assert str(samples.make_chain()) == "temperature(1)"
+    assert str(samples.make_chain(sampling.chain(sampling.greedy()))) == "temperature(0)"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop": ["x"]}, "x"),
+        ({"stop": [""]}, "A stop text is empty"),
+        ({"min_length": 9, "length": 5}, "min_length must lie in 0 ... length = 5, got 9"),
+        ({"guidance": 2.0}, "guidance and second_prompt go together"),
+        ({"guidance": 2.0, "second_prompt": ""}, "The prompt is empty"),
+        ({"sampler": "banned(77)"}, "names token 77, and the vocabulary has 6 tokens"),
+        ({"sampler": "allowed('a'), banned('a')"}, "bans every token"),
+        ({"sampler": "temperature(1)", "top_k": 3}, "Give either a sampler or top_k"),
+        ({"top_k": 0}, "top_k must be a whole number of 1 or more; to keep all, leave it out, got 0"),
+        ({"first_sample": -1}, "first_sample must be 0 or more"),
+        ({"num_samples": 0}, "num_samples must be 1 or more"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(lm, options, message):
+    with pytest.raises(UserError, match=message):
+        lm.samples("ab", **options)
+
+
+def test_records_that_are_none_are_refused(lm):
+    record = lm.samples("ab", length=3)[0].record()
+    with pytest.raises(UserError, match="The record lacks recipe"):
+        lm.replay({"prompt": "a"})
+    with pytest.raises(UserError, match="made at step 8, and these parameters are of step 7"):
+        lm.replay(record | {"recipe": record["recipe"] | {"step": 8}})

@@ -1,0 +1,131 @@
+"""Generated texts: what is kept of them, where they stop, and the recipe that makes them again."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
+
+import numpy as np
+from jaxtyping import Float, Integer
+
+from textgen import sampling
+from textgen.config import require
+from textgen.tokenizers import StreamDecoder, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One generated text and how it came about.
+
+    Attributes:
+      prompt, text: what was given, and what was made from it, without a stop text.
+      tokens: [N] ids of `text`, and of the stop text that ended it.
+      log_probability, log_probability_drawn, entropy, entropy_drawn: [N] nats, under the model
+        and under the distribution drawn from.
+      rank, kept: [N] tokens likelier than this one; tokens that the sampler left possible.
+      recipe: all settings that made it, for `TextModel.replay`.
+      stopped: the stop text that ended it; None: its length did.
+    """
+
+    prompt: str
+    text: str
+    tokens: Integer[np.ndarray, "N"]
+    log_probability: Float[np.ndarray, "N"]
+    log_probability_drawn: Float[np.ndarray, "N"]
+    entropy: Float[np.ndarray, "N"]
+    entropy_drawn: Float[np.ndarray, "N"]
+    rank: Integer[np.ndarray, "N"]
+    kept: Integer[np.ndarray, "N"]
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stopped: str | None = None
+
+    def summary(self) -> str:
+        """The text's mean surprise and entropy under the model, for people."""
+        return f"{-self.log_probability.mean():.3f} nats per token, the model's entropy {self.entropy.mean():.3f}"
+
+    def record(self) -> dict[str, Any]:
+        """Everything, for JSON; the figures to six digits."""
+        plain = lambda v: [round(x, 6) for x in v.tolist()] if isinstance(v, np.ndarray) else v
+        return {k: plain(v) for k, v in vars(self).items()}
+
+
+class Ending:
+    """One text as it is made: whole characters, up to the first stop text.
+
+    Attributes:
+      text: so far, without the stop text.
+      count: tokens so far, with those of the stop text.
+      stopped: the stop text that ended it, or None.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], min_length: int):
+        self._decoder = StreamDecoder(tokenizer)
+        self._stops, self._min_length, self._given = stops, min_length, 0
+        self.text, self.count, self.stopped = "", 0, None
+
+    def add(self, ids: Iterable[SupportsIndex]) -> None:
+        """Takes in tokens, up to the one that completes a stop text."""
+        for i in ids:
+            if self.stopped is not None:
+                return
+            self._extend(self._decoder([i]), self.count + 1)
+            self.count += 1
+
+    def finish(self) -> None:
+        """Takes in what the last token left broken."""
+        if self.stopped is None:
+            self._extend(self._decoder([], last=True), self.count)
+
+    def _extend(self, piece: str, count: int) -> None:
+        old, self.text = len(self.text), self.text + piece
+        if count < self._min_length:
+            return
+        # Only what ends in the new piece: earlier ones were too early to count.
+        found = [(self.text.find(stop, max(0, old - len(stop) + 1)), stop) for stop in self._stops]
+        found = sorted((at, stop) for at, stop in found if at >= 0)
+        if found:
+            at, self.stopped = found[0]
+            self.text = self.text[:at]
+
+    def take(self, last: bool = False) -> str:
+        """What is new since the last call and sure to stay: not the beginning of a stop text, unless it is the last."""
+        held = 0
+        if self.stopped is None and not last:
+            held = max(
+                (n for stop in self._stops for n in range(1, len(stop)) if self.text.endswith(stop[:n])), default=0
+            )
+        start, self._given = self._given, max(len(self.text) - held, self._given)
+        return self.text[start : self._given]
+
+
+def check_stops(stops: str | Sequence[str], min_length: int, length: int, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The stop texts, refused where they could never occur.
+
+    Raises:
+      UserError: an empty one, one that the tokenizer cannot encode, or min_length outside 0 ... length.
+    """
+    stops = (stops,) if isinstance(stops, str) else tuple(stops)
+    for stop in stops:
+        require(stop != "", "A stop text is empty: it would end every text before it begins.")
+        tokenizer.encode(stop)
+    require(0 <= min_length <= length, f"min_length must lie in 0 ... length = {length}, got {min_length}.")
+    return stops
+
+
+PLAIN = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical")
+
+
+def make_chain(sampler: sampling.Chain | str | None = None, encode: Any = None, **plain: Any) -> sampling.Chain:
+    """The chain that plain settings stand for: those of PLAIN that are not None, in its order.
+
+    Without any the temperature is 1. `encode` is the tokenizer's, for samplers that name tokens.
+
+    Raises:
+      UserError: an impossible setting, or a sampler and plain settings at once.
+    """
+    given = {name: plain[name] for name in PLAIN if plain.get(name) is not None}
+    if sampler is not None:
+        require(not given, f"Give either a sampler or {', '.join(given)}: their order would be a guess.")
+        return sampling.parse(sampler, encode) if isinstance(sampler, str) else sampler
+    if not given:
+        given = {"temperature": 1.0}
+    return sampling.chain(*(sampling.TRANSFORMS[name](value) for name, value in given.items()))
