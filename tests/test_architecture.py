@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
-    {"border", "config", "plays", "tokenizers", "logs", "pages", "analysis"},
+    {"errors"},
+    {"schema"},
+    {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
     | {"arms", "tasks"},
     {"checkpoints", "evaluate", "samples", "budget"},
@@ -20,7 +22,6 @@ LAYERS = [
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 # Within a layer, who may know whom.
 BESIDE = {
-    ("config", "border"),
     ("plays", "config"),
     ("tokenizers", "config"),
     ("data", "corpora"),

@@ -102,11 +102,15 @@ def test_train_interrupt_resume_sample_evaluate(folder):
         pytest.param("sample", [], "Give the run's folder: --workdir=DIR", marks=pytest.mark.slow),
         pytest.param("sample", ["--replay=/absent"], "There is no file '/absent'", marks=pytest.mark.slow),
         pytest.param("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
+        ("compare", ["--sweep=model.widht=4,8"], "unknown config key 'model.widht'. Did you mean 'model.width'?"),
+        pytest.param("compare", [], "The config has no section 'compare'", marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, name, flags, message):
     first = (
-        [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={folder / 'no'}"] if name == "train" else []
+        [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={folder / 'no'}"]
+        if name in ("train", "compare")
+        else []
     )
     done = call(name, *first, *flags)
     assert done.returncode == 2, done.stdout + done.stderr
@@ -115,3 +119,33 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, name, flags, message):
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert not (folder / "no").exists()
+
+
+@pytest.mark.slow
+def test_compare_is_stopped_and_goes_on(folder):
+    workdir = folder / "runs" / "duel"
+    flags = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}"]
+    flags += ["--sweep=model.backbone=lstm,transformer", "--config.train.steps=400", "--config.sample.length=10"]
+    process = subprocess.Popen(
+        command("compare", *flags),
+        cwd=ROOT,
+        env=os.environ | CACHE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.time() + 120
+    while not list(workdir.glob("lstm/0/metrics.jsonl")) or not (workdir / "lstm/0/metrics.jsonl").read_text():
+        assert time.time() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "everything so far is saved. To go on, run the same command again:" in out
+    assert "Traceback" not in out + err
+    done = call("compare", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "transformer, seed 2: validation loss" in done.stdout
+    assert (workdir / "report.html").is_file()
+    assert len(json.loads((workdir / "results.json").read_text())["arms"]) == 2

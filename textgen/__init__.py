@@ -6,7 +6,9 @@
 
 The house, from the ground up; a module imports only lower layers:
 
-    0  config       the strict border: ConfigDict -> frozen dataclasses
+    0  errors       what a user can mend, in one line
+       schema       every key of a config: type, choice, relation
+       config       the strict border: ConfigDict -> those dataclasses
        plays        Shakespeare's plays from a package
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress
@@ -14,7 +16,6 @@ The house, from the ground up; a module imports only lower layers:
        analysis     where models differ, and what they are worth together
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
-       tasks        synthetic tasks whose best predictor is known
        models/      backbones behind one contract, and the shell around them
        sampling     transformations of logits, and the draw
        generate     prefill, then one scan over any step function
@@ -22,18 +23,25 @@ The house, from the ground up; a module imports only lower layers:
        statistics   intervals over text and seeds, verdicts in words
        optimizers   config -> optax
        parallel     the mesh, and where every array lives
+       arms         what a comparison compares
+       tasks        texts whose best predictor is known
     2  checkpoints  a run's folder
        evaluate     how well a text is predicted
+       budget       what a run costs; widths and steps that make costs equal
     3  train        the jitted step and the loop
        inference    a trained model in use
        document     one text as HTML and as Markdown
     4  run          wiring
+       ensemble     several runs in one program
        dynamic      a model that learns from the text it is judged on
        results      a comparison's results, and what follows from them
        figures      of its report
-    5  details      the report's later sections
+    5  jobs         runs trained together, to the end
+       ledger       a comparison's folder
+       details      the report's later sections
        probes       every backbone on every task
     6  report       report.html and report.md of a comparison
+    7  compare      arms, budgets, tuning, seeds, report
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.

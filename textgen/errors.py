@@ -1,0 +1,21 @@
+"""What a user can mend, said in one line."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend. The commands print it as one line and exit with code 2."""
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """' Did you mean 'x'?' for a near miss, else ' Known: ...' with every name."""
+    names = sorted(names)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names)}."
+
+
+def require(condition: object, message: str) -> None:
+    """Raises UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
