@@ -157,6 +157,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(done, text, tmp_path, m
         return original(self, on_step=dying, **rest)
 
     monkeypatch.setattr(jobs.Job, "train", train_a_while)
+    monkeypatch.setattr(compare.report, "write", lambda folder: None)
     folder = tmp_path / "duel"
     with pytest.raises(Killed):
         compare.Session(asked(text), folder).run()
@@ -181,6 +182,7 @@ def test_an_arm_that_fails_and_one_that_diverges_are_reported(text, tmp_path, mo
         return original(self, **rest)
 
     monkeypatch.setattr(jobs.Job, "train", train_or_fail)
+    monkeypatch.setattr(compare.report, "write", lambda folder: None)
     chosen = ARMS | {"wild": {"optimizer.name": "sgd", "optimizer.weight_decay": 1e30}}
     changes = {"compare.learning_rates": (), "compare.budget.kind": "tokens"}
     results = compare.Session(asked(text, changes, chosen), tmp_path / "duel").run()
@@ -200,6 +202,7 @@ def test_arms_that_differ_in_the_rate_alone_are_one_program(text, tmp_path, monk
     monkeypatch.setattr(
         jobs.Job, "__init__", lambda self, runs, *a, **k: (seen.append(len(runs)), original(self, runs, *a, **k))[1]
     )
+    monkeypatch.setattr(compare.report, "write", lambda folder: None)
     chosen = sweeps.product({"optimizer.learning_rate": [1e-3, 3e-3]})
     changes = {"compare.learning_rates": (), "compare.budget.kind": "tokens", "compare.ngram_orders": ()}
     results = compare.Session(asked(text, changes, chosen), tmp_path / "sweep").run()
