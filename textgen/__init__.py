@@ -13,12 +13,16 @@ The house, from the ground up; a module imports only lower layers:
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress
        pages        self-contained HTML: tables, shaded texts, figures
+       textmetrics  what can be counted in a text
        analysis     where models differ, and what they are worth together
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
        models/      backbones behind one contract, and the shell around them
        sampling     transformations of logits, and the draw
        generate     prefill, then one scan over any step function
+       decoders     beam search and others that choose whole texts
+       decoding     the loop around them
+       speculative  several tokens for one call of the model
        objectives   next-token nats
        statistics   intervals over text and seeds, verdicts in words
        optimizers   config -> optax
@@ -32,6 +36,7 @@ The house, from the ground up; a module imports only lower layers:
        inference    a trained model in use
        document     one text as HTML and as Markdown
     4  run          wiring
+       study/       which sampler setting? a ladder, measured; and the page that shows it
        ensemble     several runs in one program
        dynamic      a model that learns from the text it is judged on
        results      a comparison's results, and what follows from them

@@ -3,7 +3,8 @@
 A backbone is a Linen module that turns a sequence into a sequence and carries its past:
 
     from_config(config, context) -> backbone
-    init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf
+    init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf; with
+                                                        more room, zeros stand behind what there was
     backbone(x [B, T, D], carry | None, lengths [B] | None, train=...) -> (y [B, T, D], carry | None)
     max_positions -> int | None                         the longest sequence, if there is one
     flops_per_token(length) -> float                    of a forward pass, in a window of so many tokens
@@ -34,7 +35,7 @@ def build(config: Config, vocab_size: int) -> Model:
     """The language model that a config describes.
 
     Raises:
-      UserError: no architecture has that name.
+      UserError: no architecture has that name, or heads for tokens beyond the window.
     """
     model = config.model
     if model.backbone == "ngram":
@@ -43,11 +44,14 @@ def build(config: Config, vocab_size: int) -> Model:
         model.backbone in BACKBONES,
         f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, [*BACKBONES, 'ngram'])}",
     )
+    ahead, window = model.predict_ahead, config.data.window
+    require(0 <= ahead < window, f"model.predict_ahead must lie in [0, data.window), got {ahead} of {window}.")
     return LanguageModel(
         backbone=BACKBONES[model.backbone].from_config(model, config.context),
         vocab_size=vocab_size,
         width=model.width,
         norm=model.norm,
         tie_embedding=model.tie_embedding,
+        predict_ahead=model.predict_ahead,
         dtype=jnp.dtype(model.compute_dtype),
     )
