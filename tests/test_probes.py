@@ -121,7 +121,7 @@ def test_the_rate_is_chosen_by_the_mean_over_seeds_on_windows_of_its_own():
         ("parity", {"probes.learning_rates": (-1.0,)}, r"must be above 0, got -1"),
         ("parity", {"probes.eval_windows": 100}, r"multiple of 64, got 100"),
         ("parity", {"model.width": 0}, r"model.width must be above 0"),
-        ("associative_recall", {"probes.lengths": (1, 16)}, r"fills windows of 16 to 256 tokens, got 320"),
+        ("associative_recall", {"probes.lengths": (1, 16)}, r"fills windows of 16 to 128 tokens, got 320"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(arg, overrides, message):
