@@ -10,7 +10,7 @@ from conftest import TEXT
 
 import textgen
 from configs import base, sweeps
-from textgen import arms, compare, jobs, logs, train
+from textgen import arms, compare, dynamic, jobs, logs, report, train
 from textgen.config import UserError
 
 FLAT = {
@@ -110,6 +110,22 @@ def test_a_run_is_an_ordinary_one(done):
     rows = logs.read_metrics(folder / "lstm" / "1")
     assert [row["step"] for row in rows if "train/loss" in row] == [3, 6, 9, 12]
     assert list((folder / "lstm" / "1").glob("events.out.tfevents.*"))
+
+
+def test_the_report_of_a_real_comparison(done, tmp_path):
+    """With the column of dynamic evaluation, made from the runs' own checkpoints."""
+    folder = tmp_path / "duel"
+    shutil.copytree(done[0], folder)
+    dynamic.add(folder)
+    report.write(folder)
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.html").stat().st_size > 50_000
+    for arm in done[1]["arms"]:
+        assert f"| {arm['name']}, learning as it reads | dynamic evaluation |" in markdown
+        for run in arm["runs"]:
+            assert f"{run['seed']}: {run['loss']:.4f}" in markdown
+    for section in ("3-gram", "Position", "Frequency", "Repetition", "Samples", "tuned", "Protocol"):
+        assert section in markdown
 
 
 def test_what_is_done_is_not_done_again(done, text, monkeypatch):
