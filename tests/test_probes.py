@@ -64,15 +64,13 @@ def test_a_table_end_to_end_and_again(tmp_path, monkeypatch):
 
 def test_a_failed_cell_is_reported_and_run_again(tmp_path, monkeypatch):
     cells = probes.cells_from(config_of("parity"))
-    whole, broken = probes.run_cell, lambda cell, on_step: 1 / 0
-    monkeypatch.setattr(
-        probes, "run_cell", lambda cell, on_step: (broken if "lstm" in cell.name else whole)(cell, on_step)
-    )
+    whole, broken = probes.run_cell, lambda *_: 1 / 0
+    monkeypatch.setattr(probes, "run_cell", lambda cell, *rest: (broken if "lstm" in cell.name else whole)(cell, *rest))
     report = probes.Probes(cells, tmp_path).run()
     assert "| lstm | ZeroDivisionError: division by zero |" in report
     assert "| transformer | 0.0" in report
     ran = []
-    monkeypatch.setattr(probes, "run_cell", lambda cell, on_step: ran.append(cell.name) or whole(cell, on_step))
+    monkeypatch.setattr(probes, "run_cell", lambda cell, *rest: ran.append(cell.name) or whole(cell, *rest))
     assert "ZeroDivisionError" not in probes.Probes(cells, tmp_path).run()
     assert ran == ["parity-lstm"]
 
@@ -82,7 +80,7 @@ def test_a_run_that_diverges_does_not_count(tmp_path):
     config.optimizer.name, config.optimizer.clip_norm = "sgd", None
     config.probes.backbones = ("lstm",)
     (cell,) = probes.cells_from(config)
-    result = probes.run_cell(cell, lambda *_: None)
+    result = probes.run_cell(cell, lambda *_: None, lambda: False)
     assert ["diverged" in run for run in result["runs"]] == [False, True, False, True]
     assert {run["learning_rate"] for run in probes.chosen(result)} == {1e-2}
 
@@ -121,7 +119,7 @@ def test_the_rate_is_chosen_by_the_mean_over_seeds_on_windows_of_its_own():
         ("parity", {"probes.learning_rates": (-1.0,)}, r"must be above 0, got -1"),
         ("parity", {"probes.eval_windows": 100}, r"multiple of 64, got 100"),
         ("parity", {"model.width": 0}, r"model.width must be above 0"),
-        ("associative_recall", {"probes.lengths": (1, 16)}, r"fills windows of 16 to 256 tokens, got 320"),
+        ("associative_recall", {"probes.lengths": (1, 16)}, r"fills windows of 16 to 128 tokens, got 320"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(arg, overrides, message):
