@@ -54,6 +54,6 @@ def get_config(arg: str = "cpu"):
 
     config = sweeps.compare(config, {"transformer": {"model.backbone": "transformer"}, "lstm": lstm})
     config.compare.title = "LSTM against Transformer on tiny Shakespeare"
-    config.compare.learning_rates = (5e-3, 1e-2, 2e-2, 4e-2)
+    config.compare.learning_rates = (4e-3, 1e-2, 2.5e-2, 6e-2)
     config.compare.budget.kind = "parameters"
     return config
