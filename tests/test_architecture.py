@@ -11,7 +11,7 @@ LAYERS = [
     {"schema"},
     {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
-    | {"arms", "tasks"},
+    | {"arms", "tasks", "decoders", "decoding", "speculative"},
     {"checkpoints", "evaluate", "samples", "budget"},
     {"train", "inference", "document"},
     {"run", "ensemble", "dynamic", "results", "figures"},
@@ -26,7 +26,9 @@ BESIDE = {
     ("tokenizers", "config"),
     ("data", "corpora"),
     ("generate", "sampling"),
+    ("decoding", "decoders"),
 }
+BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}
 
 
 def imports(path):
@@ -66,7 +68,7 @@ def test_only_the_rooms_that_should_know_a_library_do():
             if name.startswith("ml_collections"):
                 assert room in {"config", "run"}, f"{path.name} imports ml_collections"
             assert not name.startswith(("configs", "experiments", "tensorflow")), f"{path.name} imports {name}"
-            if room in {"sampling", "generate"}:
+            if room in {"sampling", "generate", "decoders", "decoding", "speculative"}:
                 assert not name.startswith("textgen.models"), f"{path.name} imports {name}"
 
 

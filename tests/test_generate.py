@@ -129,7 +129,7 @@ def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(built):
     states = MEMORIES.init(prompts[1][None], np.array([2], np.int32), V, 64)
     logits = built[0](params, text[None])[0]
     for i, token in enumerate(whole.tokens[2]):
-        _, more = generate._uniforms(keys[2:3], jnp.array([2 + i]))
+        _, more = generate.uniforms(keys[2:3], jnp.array([2 + i]))
         z, commit = MEMORIES.step(logits[None, 1 + i], states, sampling.Moment(jnp.array([i]), more))
         assert whole.kept[2, i] == np.isfinite(z).sum()
         np.testing.assert_allclose(whole.log_probability_drawn[2, i], jax.nn.log_softmax(z)[0, token], atol=1e-4)

@@ -19,6 +19,9 @@ The house, from the ground up; a module imports only lower layers:
        models/      backbones behind one contract, and the shell around them
        sampling     transformations of logits, and the draw
        generate     prefill, then one scan over any step function
+       decoders     beam search and others that choose whole texts
+       decoding     the loop around them
+       speculative  several tokens for one call of the model
        objectives   next-token nats
        statistics   intervals over text and seeds, verdicts in words
        optimizers   config -> optax

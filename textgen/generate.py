@@ -93,13 +93,13 @@ class Generator:
                 if guidance is not None:
                     model, other = jnp.split(state.logits, 2)
                     mixed = other + column(guidance) * (model - other)
-                uniform, more = _uniforms(keys, state.position)
+                uniform, more = uniforms(keys, state.position)
                 drawn, commit = chain.step(mixed, state.memory, Moment(state.made, more))
                 token = draw(drawn, uniform)
                 read = token if guidance is None else jnp.concatenate([token, token])
                 logits, carry = step(params, read[:, None], state.carry, None)
                 new = State(carry, logits, commit(token), state.position + 1, state.made + 1)
-                return new, _observe(token, model, drawn)
+                return new, observe(token, model, drawn)
 
             state, generated = jax.lax.scan(body, state, length=steps)
             return state, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), generated)
@@ -202,14 +202,14 @@ def bucket(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def _uniforms(keys: Any, position: Any) -> tuple[Any, Any]:
+def uniforms(keys: Any, position: Any) -> tuple[Any, Any]:
     """Each row's random numbers for a position: [B] for the draw, [B] for what else the chain leaves to chance."""
     here = jax.vmap(jax.random.fold_in)(keys, position)
     uniform = jax.vmap(jax.random.uniform)
     return uniform(here), uniform(jax.vmap(jax.random.fold_in, (0, None))(here, 1))
 
 
-def _observe(token: Any, logits: Any, drawn: Any) -> Generated:
+def observe(token: Any, logits: Any, drawn: Any) -> Generated:
     """What one step tells: a Generated of [B]."""
     model, ours = jax.nn.log_softmax(logits), jax.nn.log_softmax(drawn)
     at = lambda x: jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]

@@ -34,7 +34,7 @@ def build(config: Config, vocab_size: int) -> Model:
     """The language model that a config describes.
 
     Raises:
-      UserError: no architecture has that name.
+      UserError: no architecture has that name, or heads for tokens beyond the window.
     """
     model = config.model
     if model.backbone == "ngram":
@@ -43,11 +43,14 @@ def build(config: Config, vocab_size: int) -> Model:
         model.backbone in BACKBONES,
         f"Unknown model.backbone '{model.backbone}'.{did_you_mean(model.backbone, [*BACKBONES, 'ngram'])}",
     )
+    ahead, window = model.predict_ahead, config.data.window
+    require(0 <= ahead < window, f"model.predict_ahead must lie in [0, data.window), got {ahead} of {window}.")
     return LanguageModel(
         backbone=BACKBONES[model.backbone].from_config(model, config.context),
         vocab_size=vocab_size,
         width=model.width,
         norm=model.norm,
         tie_embedding=model.tie_embedding,
+        predict_ahead=model.predict_ahead,
         dtype=jnp.dtype(model.compute_dtype),
     )

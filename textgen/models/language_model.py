@@ -14,6 +14,17 @@ Lengths = Integer[Array | np.ndarray, "B"]
 Carry = Any  # the backbone's own pytree; the batch is the first axis of every leaf
 
 
+class Ahead(nn.Module):
+    """The features for a later token, from those for the next one: y + W silu(V y) (Cai et al. 2024)."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, y: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        hidden = nn.silu(Linear(y.shape[-1], dtype=self.dtype, name="up")(y))
+        return y + Linear(y.shape[-1], dtype=self.dtype, kernel_init=nn.initializers.zeros, name="down")(hidden)
+
+
 class LanguageModel(nn.Module):
     """Predicts each next token from those before it.
 
@@ -26,6 +37,7 @@ class LanguageModel(nn.Module):
     width: int
     norm: str = "rmsnorm"
     tie_embedding: bool = False
+    predict_ahead: int = 0
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
@@ -35,6 +47,7 @@ class LanguageModel(nn.Module):
         self.final_norm = Norm(self.norm)
         if not self.tie_embedding:
             self.head = Linear(self.vocab_size, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        self.ahead_heads = [Ahead(self.dtype) for _ in range(self.predict_ahead)]
 
     @property
     def max_positions(self) -> int | None:
@@ -74,6 +87,14 @@ class LanguageModel(nn.Module):
         flat = y.reshape(-1, self.width) @ self.embedding.T.astype(self.dtype)
         return flat.reshape(*y.shape[:-1], self.vocab_size).astype(jnp.float32)
 
+    def ahead_features(self, y: Float[Array, "*N D"]) -> Float[Array, "*N P D"]:
+        """What the head reads for the P = predict_ahead tokens after the next one, from the same features."""
+        return jnp.stack([head(y) for head in self.ahead_heads], axis=-2)
+
+    def ahead(self, y: Float[Array, "*N D"]) -> Float[Array, "*N P V"]:
+        """Logits of these tokens."""
+        return self.logits(self.ahead_features(y))
+
     def __call__(
         self,
         tokens: Tokens,
@@ -92,8 +113,22 @@ class LanguageModel(nn.Module):
             nothing. None: all.
           train: draw dropout from the "dropout" stream.
         """
+        logits, y, carry = self.score(tokens, carry, lengths, train=train)
+        if self.is_initializing() and self.predict_ahead:
+            self.ahead(y)  # makes their parameters
+        return logits, carry
+
+    def score(
+        self,
+        tokens: Tokens,
+        carry: Carry = None,
+        lengths: Lengths | None = None,
+        *,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B T V"], Float[Array, "B T D"], Carry]:
+        """The same, with the features that `ahead` reads."""
         y, carry = self.features(tokens, carry, lengths, train=train)
-        return self.logits(y), carry
+        return self.logits(y), y, carry
 
     def next_token(
         self,

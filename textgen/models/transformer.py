@@ -195,8 +195,6 @@ def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, c
         return attend(q, keys, values, positions, positions - age, context), (keys, values)
     age = (written[0] - 1 - ring) % slots  # 0: the last token before these
     k_positions = jnp.concatenate([(position[:, None] - 1) - age, positions], axis=1)  # [B, S + T]
-    if lengths is not None:
-        k_positions = k_positions.at[:, slots:].set(jnp.where(jnp.arange(steps) < lengths[:, None], positions, -1))
     all_keys, all_values = jnp.concatenate([keys, k], axis=2), jnp.concatenate([values, v], axis=2)
     y = attend(q, all_keys, all_values, positions, k_positions, context)
     # The last S tokens of each row, oldest first: slot s of the new ring.
