@@ -18,7 +18,7 @@ from textgen import checkpoints, data, inference
 from textgen.inference import TextModel
 from textgen.objectives import next_token_nats
 
-RATES = (1e-4, 3e-4, 1e-3)  # to choose from
+RATES = (3e-4, 1e-3, 3e-3)  # to choose from
 DECAY = 1e-3  # of the way back to the trained parameters, per window
 HISTORY = 200  # windows of training text that the size of gradients is measured on
 
