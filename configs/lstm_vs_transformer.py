@@ -21,9 +21,9 @@ def get_config(arg: str = "cpu"):
     config.eval.window = 256
     config.sample.prompt = "ROMEO:"
     config.sample.temperatures = (0.5, 0.8, 1.0)
-    config.model.width = 96
+    config.model.width = 88
     config.model.layers = 4
-    config.model.transformer.feed_forward_width = 384
+    config.model.transformer.feed_forward_width = 352
     config.model.transformer.activation = "relu2"
     config.model.transformer.qk_norm = True
     config.optimizer.name = "muon"
@@ -54,6 +54,6 @@ def get_config(arg: str = "cpu"):
 
     config = sweeps.compare(config, {"transformer": {"model.backbone": "transformer"}, "lstm": lstm})
     config.compare.title = "LSTM against Transformer on tiny Shakespeare"
-    config.compare.learning_rates = (5e-3, 1e-2, 2e-2, 4e-2)
+    config.compare.learning_rates = (4e-3, 1e-2, 2.5e-2, 6e-2)
     config.compare.budget.kind = "parameters"
     return config

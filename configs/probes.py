@@ -10,17 +10,17 @@ from configs import base
 
 # data.window, tokens, no longer than the task needs; train.steps until it is learned by those that can.
 TASKS = {
-    "copy": (32, 800),
-    "associative_recall": (48, 800),
-    "selective_copy": (32, 800),
+    "hidden_markov": (32, 600),
+    "markov": (32, 800),
     "parity": (32, 600),
+    "copy": (32, 800),
+    "associative_recall": (32, 3000),
     "modular_counting": (32, 600),
-    "permutations": (32, 800),
+    "permutations": (32, 1500),
+    "selective_copy": (32, 800),
     "counting": (32, 600),
     "dyck": (32, 600),
     "in_context_markov": (64, 800),
-    "markov": (32, 600),
-    "hidden_markov": (32, 600),
 }
 
 
@@ -44,7 +44,7 @@ def get_config(arg: str = ""):
         window, steps = TASKS.get(name, (32, 600))
         config.probes.tasks[name] = ConfigDict({"data": {"window": window}, "train": {"steps": steps}})
     config.probes.backbones = ("",)[:0]  # names in textgen.models.BACKBONES; (): all
-    config.probes.learning_rates = (3e-3,)  # the best of them counts, chosen on windows of its own
+    config.probes.learning_rates = (3e-3, 1e-2)  # the best of them counts, chosen on windows of its own
     config.probes.seeds = 1  # runs at each rate
     config.probes.lengths = (1, 2, 4)  # of the windows evaluated on, in units of data.window
     config.probes.eval_windows = 512  # at each length

@@ -51,7 +51,7 @@ def launch(main: Callable[[], Any]) -> None:
             _refuse(error)
         except Interrupted as stop:
             print(f"Stopped after step {stop.step}; everything so far is saved. To go on, run the same command again:")
-            print("  python -m " + shlex.join([_module(), *sys.argv[1:]]))
+            print("  " + command())
             sys.exit(130)
         except KeyboardInterrupt:
             sys.exit(130)
@@ -61,8 +61,10 @@ def launch(main: Callable[[], Any]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
-def _module() -> str:
-    return "experiments." + sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
+def command() -> str:
+    """What was typed."""
+    module = "experiments." + sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py")
+    return "python -m " + shlex.join([module, *sys.argv[1:]])
 
 
 def _unraisable(unraisable: Any) -> None:

@@ -130,7 +130,9 @@ def made_up(folder, arms, *, seeds=3, text=TEXT * 10, kind="characters", baselin
         "device": "cpu",
         "command": "python -m experiments.compare --workdir=runs/duel",
         "arms": records,
-        "baselines": [{"name": "5-gram", "loss": 1.6, "nats": save("5-gram", 1.6)}] if baseline else [],
+        "baselines": [{"name": "5-gram", "in_windows": True, "loss": 1.6, "nats": save("5-gram", 1.6)}]
+        if baseline
+        else [],
     }
     (folder / "results.json").write_text(json.dumps(results))
     return folder

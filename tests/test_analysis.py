@@ -107,25 +107,27 @@ TOKENS = np.tile(np.arange(8, dtype=np.uint8), 20)[:150]
 
 def test_dynamic_evaluation_at_rate_0_is_the_static_loss(lm):
     static = lm.nats(TOKENS, stream=False)
-    np.testing.assert_allclose(dynamic.nats(lm, TOKENS, history=TOKENS, rate=0.0), static, atol=2e-5)
+    (still,) = dynamic.nats(lm, TOKENS, history=TOKENS, rates=[0.0])
+    np.testing.assert_allclose(still, static, atol=2e-5)
 
 
 def test_dynamic_evaluation_learns_and_only_from_the_past(lm):
     static = lm.nats(TOKENS, stream=False)
-    learned = dynamic.nats(lm, TOKENS, history=TOKENS, rate=0.01)
+    (learned,) = dynamic.nats(lm, TOKENS, history=TOKENS, rates=[0.01])
     window = lm.config.eval_window
     np.testing.assert_allclose(learned[:window], static[:window], atol=2e-5)  # nothing was read yet
     assert learned[-2 * window :].mean() < static[-2 * window :].mean() - 0.1
     other = TOKENS.copy()
     other[5 * window + 1 :] = 0
-    changed = dynamic.nats(lm, other, history=TOKENS, rate=0.01)
+    (changed,) = dynamic.nats(lm, other, history=TOKENS, rates=[0.01])
     np.testing.assert_allclose(changed[: 5 * window], learned[: 5 * window], atol=1e-6)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), lm.params, noisy_params(lm.model)))
 
 
 def test_dynamic_rates_are_chosen_on_the_other_half(lm, monkeypatch):
-    losses = {0.0: (1.0, 3.0), 0.1: (2.0, 2.0)}  # of the two halves
-    monkeypatch.setattr(dynamic, "nats", lambda *_, rate, **__: np.repeat(losses[rate], 5))
-    found, rates = dynamic.chosen(lm, TOKENS, history=TOKENS, rates=(0.0, 0.1))
+    tried = np.repeat([[1.0, 3.0], [2.0, 2.0]], 5, axis=1)  # the static model, and the one that learns
+    monkeypatch.setattr(lm, "nats", lambda *_, **__: tried[0])
+    monkeypatch.setattr(dynamic, "nats", lambda *_, **__: tried[1:])
+    found, rates = dynamic.chosen(lm, TOKENS, history=TOKENS, rates=(0.1,))
     assert rates == [0.1, 0.0]
     np.testing.assert_array_equal(found, np.repeat([2.0, 3.0], 5))

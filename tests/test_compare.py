@@ -10,7 +10,7 @@ from conftest import TEXT
 
 import textgen
 from configs import base, sweeps
-from textgen import arms, compare, jobs, logs, train
+from textgen import arms, compare, dynamic, jobs, logs, report, train
 from textgen.config import UserError
 
 FLAT = {
@@ -112,6 +112,22 @@ def test_a_run_is_an_ordinary_one(done):
     assert list((folder / "lstm" / "1").glob("events.out.tfevents.*"))
 
 
+def test_the_report_of_a_real_comparison(done, tmp_path):
+    """With the column of dynamic evaluation, made from the runs' own checkpoints."""
+    folder = tmp_path / "duel"
+    shutil.copytree(done[0], folder)
+    dynamic.add(folder)
+    report.write(folder)
+    markdown = (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "report.html").stat().st_size > 50_000
+    for arm in done[1]["arms"]:
+        assert f"| {arm['name']}, learning as it reads | dynamic evaluation |" in markdown
+        for run in arm["runs"]:
+            assert f"{run['seed']}: {run['loss']:.4f}" in markdown
+    for section in ("3-gram", "Position", "Frequency", "Repetition", "Samples", "tuned", "Protocol"):
+        assert section in markdown
+
+
 def test_what_is_done_is_not_done_again(done, text, monkeypatch):
     folder, results = done
     monkeypatch.setattr(jobs.Job, "train", lambda *_, **__: pytest.fail("trained again"))
@@ -141,6 +157,7 @@ def test_a_killed_comparison_goes_on_to_the_same_results(done, text, tmp_path, m
         return original(self, on_step=dying, **rest)
 
     monkeypatch.setattr(jobs.Job, "train", train_a_while)
+    monkeypatch.setattr(compare.report, "write", lambda folder: None)
     folder = tmp_path / "duel"
     with pytest.raises(Killed):
         compare.Session(asked(text), folder).run()
@@ -165,6 +182,7 @@ def test_an_arm_that_fails_and_one_that_diverges_are_reported(text, tmp_path, mo
         return original(self, **rest)
 
     monkeypatch.setattr(jobs.Job, "train", train_or_fail)
+    monkeypatch.setattr(compare.report, "write", lambda folder: None)
     chosen = ARMS | {"wild": {"optimizer.name": "sgd", "optimizer.weight_decay": 1e30}}
     changes = {"compare.learning_rates": (), "compare.budget.kind": "tokens"}
     results = compare.Session(asked(text, changes, chosen), tmp_path / "duel").run()
@@ -184,6 +202,7 @@ def test_arms_that_differ_in_the_rate_alone_are_one_program(text, tmp_path, monk
     monkeypatch.setattr(
         jobs.Job, "__init__", lambda self, runs, *a, **k: (seen.append(len(runs)), original(self, runs, *a, **k))[1]
     )
+    monkeypatch.setattr(compare.report, "write", lambda folder: None)
     chosen = sweeps.product({"optimizer.learning_rate": [1e-3, 3e-3]})
     changes = {"compare.learning_rates": (), "compare.budget.kind": "tokens", "compare.ngram_orders": ()}
     results = compare.Session(asked(text, changes, chosen), tmp_path / "sweep").run()

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from comparisons import wave
+from scipy import stats
 
 from textgen import statistics
 from textgen.config import UserError
@@ -67,6 +68,9 @@ def test_the_bootstrap_draws_the_same_blocks_for_everyone():
     a, b = random.normal(size=(2, 50))
     np.testing.assert_allclose(statistics.bootstrap(a) - statistics.bootstrap(b), statistics.bootstrap(a - b))
     assert statistics.bootstrap(a).std() == pytest.approx(a.std() / math.sqrt(50), rel=0.05)
+    before = statistics.bootstrap(a)
+    statistics._resamplings.cache_clear()  # as in another process
+    np.testing.assert_array_equal(statistics.bootstrap(a), before)
 
 
 def test_the_parts_of_the_variance_are_found():
@@ -75,11 +79,26 @@ def test_the_parts_of_the_variance_are_found():
     found = []
     for _ in range(200):
         common, seed = random.normal(0, 0.5, tokens), random.normal(0, 0.01, (seeds, 1))
-        a = common + seed + random.normal(0, 0.3, (seeds, tokens))
+        a = common + seed + random.normal(0, 0.6, (seeds, tokens))
         d = statistics.difference(a, np.zeros((seeds, tokens)), block=block)
         found.append([d.text, d.a.spread, d.a.mixed])
-    want = [0.25 / tokens, 0.01**2 + 0.09 / tokens, 0.09 / tokens]
+    want = [0.25 / tokens, 0.01**2 + 0.36 / tokens, 0.36 / tokens]
     np.testing.assert_allclose(np.mean(found, 0), want, rtol=0.12)
+
+
+def test_without_noise_in_the_text_it_is_welchs_interval():
+    seeds_a, seeds_b = np.array([1.0, 1.2, 1.1]), np.array([1.5, 1.1, 1.9, 1.2])
+    d = statistics.difference(*(np.repeat(seeds[:, None], 5000, 1) for seeds in (seeds_a, seeds_b)))
+    want = stats.ttest_ind(seeds_a, seeds_b, equal_var=False).confidence_interval(0.95)
+    assert (d.low, d.high) == pytest.approx((want.low, want.high), rel=1e-5)
+
+
+def test_few_blocks_are_not_too_few_for_the_bootstrap():
+    """The variance of a mean of 4 blocks is s^2 / 4, s^2 with 3 in the denominator."""
+    random = np.random.default_rng(0)
+    a = random.normal(size=(1, 4)).repeat(512, 1)
+    d = statistics.difference(a, np.zeros((1, 2048)))
+    assert d.text == pytest.approx(a[0, ::512].var(ddof=1) / 4, rel=0.1)
 
 
 def test_what_all_tokens_of_both_arms_share_changes_nothing():

@@ -86,8 +86,11 @@ class Session:
             )
         return "\n".join(lines)
 
-    def run(self) -> dict[str, Any]:
+    def run(self, command: str = "") -> dict[str, Any]:
         """Trains what is not trained yet, writes the report, and returns the results.
+
+        Args:
+          command: what was typed, for the report.
 
         Raises:
           train.Interrupted: by a signal; everything so far is saved.
@@ -107,6 +110,7 @@ class Session:
             "No run came to its end. " + "; ".join(f"{name}: {error}" for name, error in self.failures.items()),
         )
         results["baselines"] = self._baselines()
+        results["command"] = command
         checkpoints_lib.write_json(self.workdir / "results.json", results)
         report.write(self.workdir)
         logs.console.print(
@@ -253,6 +257,7 @@ class Session:
         return [
             {
                 "name": name,
+                "in_windows": not name.endswith("whole context"),
                 "loss": float(nats.mean(dtype=np.float64)),
                 "nats": self.ledger.save_nats("baselines", name, nats),
             }

@@ -18,14 +18,14 @@ from textgen import checkpoints, data, inference
 from textgen.inference import TextModel
 from textgen.objectives import next_token_nats
 
-RATES = (0.0, 1e-4, 3e-4, 1e-3)  # to choose from; 0 is the static model
+RATES = (3e-4, 1e-3, 3e-3)  # to choose from
 DECAY = 1e-3  # of the way back to the trained parameters, per window
 HISTORY = 200  # windows of training text that the size of gradients is measured on
 
 
 def nats(
-    lm: TextModel, tokens: Shaped[np.ndarray, "T"], *, history: Shaped[np.ndarray, "M"], rate: float
-) -> Float[np.ndarray, "N"]:
+    lm: TextModel, tokens: Shaped[np.ndarray, "T"], *, history: Shaped[np.ndarray, "M"], rates: Sequence[float]
+) -> Float[np.ndarray, "R N"]:
     """-ln p of each token after the first, in windows of eval.window, each learned from once it is predicted.
 
     A step is the gradient over its root mean square, and a little of the way back to the trained
@@ -34,26 +34,29 @@ def nats(
 
     Args:
       history: training text; its last windows are used.
-      rate: the learning rate. 0: the static loss.
+      rates: learning rates, one row each.
     """
-    window, count = lm.config.eval_window, len(tokens) - 1
+    window = lm.config.eval_window
     sizes = _gradient_sizes(lm.model, lm.params, *_windows(history[-HISTORY * window - 1 :], window))
-    made = _read(lm.model, lm.params, sizes, *_windows(tokens, window), np.float32(rate))
-    return np.asarray(made).reshape(-1)[:count]
+    windows = _windows(tokens, window)
+    made = [_read(lm.model, lm.params, sizes, *windows, np.float32(rate)) for rate in rates]
+    return np.stack([np.asarray(rows).reshape(-1)[: len(tokens) - 1] for rows in made])
 
 
 def chosen(
     lm: TextModel, tokens: Shaped[np.ndarray, "T"], *, history: Shaped[np.ndarray, "M"], rates: Sequence[float] = RATES
 ) -> tuple[Float[np.ndarray, "N"], list[float]]:
-    """The same, each half of the text with the rate that was best on the other half.
+    """The same, each half of the text with the rate that was best on the other half; 0 where none helps.
 
     Returns:
       The nats, and the rates of the two halves.
     """
-    tried = np.stack([nats(lm, tokens, history=history, rate=rate) for rate in rates])
+    static = lm.nats(tokens, stream=False)
+    tried = np.concatenate([static[None], nats(lm, tokens, history=history, rates=rates)])
     half = tried.shape[1] // 2
     parts = tried[:, :half], tried[:, half:]
     first, second = (int(np.nanargmin(part.mean(1))) for part in reversed(parts))
+    rates = [0.0, *rates]
     return np.concatenate([parts[0][first], parts[1][second]]), [float(rates[first]), float(rates[second])]
 
 
@@ -115,7 +118,7 @@ def _gradient_sizes(model: Any, params: Any, ids: Any, real: Any) -> Any:
 def _read(model: Any, params: Any, sizes: Any, ids: Any, real: Any, rate: Any) -> Any:
     def learn(now: Any, row: Any) -> tuple[Any, Any]:
         (_, each), gradient = jax.value_and_grad(lambda p: _loss(model, p, *row), has_aux=True)(now)
-        step = lambda p, g, size, trained: p - rate * g / size + jnp.where(rate > 0, DECAY, 0.0) * (trained - p)
+        step = lambda p, g, size, trained: p - rate * g / size + DECAY * (trained - p)
         return jax.tree.map(step, now, gradient, sizes, params), each
 
     return jax.lax.scan(learn, params, (ids, real))[1]

@@ -38,7 +38,12 @@ def losses(
                 axes.plot([mean - wide, mean + wide], [place, place], color=color(colors[name]), lw=7, alpha=0.25)
             axes.plot(seeds, [place] * len(seeds), "o", color=color(colors[name]), ms=6, alpha=0.8, mew=0)
             axes.plot([mean], [place], "|", color=pages.INK, ms=16, mew=1.6)
-        _frame_on(axes, [loss for seeds in arms.values() for loss in seeds], baselines.values())
+        ends = [np.mean(arms[name]) + sign * wide for name, wide in intervals.items() for sign in (-1, 1)]
+        _frame_on(
+            axes,
+            [*(loss for seeds in arms.values() for loss in seeds), *filter(math.isfinite, ends)],
+            baselines.values(),
+        )
         low, high = axes.get_xlim()
         for name, loss in baselines.items():
             if low <= loss <= high:

@@ -142,11 +142,12 @@ def evaluate(model: models.LanguageModel, params: Any, task: str, window: int, w
     }
 
 
-def run_cell(cell: Cell, on_step: Callable[[int, float], None]) -> dict[str, Any]:
+def run_cell(cell: Cell, on_step: Callable[[int, float], None], stopping: Callable[[], bool]) -> dict[str, Any]:
     """Trains all runs of a cell at once, and evaluates them; see `Probes.run` for what comes back.
 
     Args:
       on_step: called with (step, mean training loss) when a dispatch is read.
+      stopping: whether a stop was asked for; see `train.stop_on_signals`.
     """
     config, began = cell.config, time.perf_counter()
     window, windows = config.data.window, cell.probes.eval_windows
@@ -160,7 +161,7 @@ def run_cell(cell: Cell, on_step: Callable[[int, float], None]) -> dict[str, Any
         nats, tokens = rows["nats"][:, count - 1].sum(), rows["tokens"][:, count - 1].sum()
         on_step(first + count, float(nats / max(tokens, 1)))
 
-    state = train.drive(trainer, trainer.init(), batches, read=read, pauses=[], save=lambda *_: None)
+    state = train.drive(trainer, trainer.init(), batches, read=read, pauses=[], save=lambda *_: None, stopping=stopping)
     runs = []
     for i, (seed, rate) in enumerate(cell.members):
         member = ensemble.member(state, i)
@@ -227,8 +228,10 @@ class Probes:
         total = sum(cell.config.train.steps for cell in todo)
         if len(todo) < len(self.cells):
             logs.console.print(f"{len(self.cells) - len(todo)} of {len(self.cells)} probes are finished already")
-        with logs.Overview(float(max(total, 1)), 0.0) as display:
+        with train.stop_on_signals() as stopping, logs.Overview(float(max(total, 1)), 0.0) as display:
             for cell in todo:
+                if stopping():  # asked for while a cell was evaluated
+                    raise train.Interrupted(0)
                 last = 0
 
                 def on_step(step: int, loss: float, cell: Cell = cell) -> None:
@@ -237,7 +240,7 @@ class Probes:
                     last = step
 
                 try:
-                    result = run_cell(cell, on_step)
+                    result = run_cell(cell, on_step, stopping)
                 except (train.Interrupted, KeyboardInterrupt):
                     raise
                 except Exception as error:

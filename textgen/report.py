@@ -76,8 +76,8 @@ def _verdict(document: Document, results: Results) -> None:
         document.text(
             f"Not every run finished ({'; '.join(lost)}): the verdict is on those that did. They are listed below."
         )
-    if results.finished and results.baselines:
-        best = results.baselines[0]
+    if results.finished and results.best_baseline:
+        best = results.best_baseline
         below = [arm.name for arm in results.finished if arm.loss < best.loss]
         document.text(
             f"For scale: {best.name}, which counts and learns no weights, reaches {best.loss * results.scale:.4f} on "

@@ -10,7 +10,7 @@ import numpy as np
 
 from textgen import analysis, checkpoints, data, statistics, tokenizers
 from textgen import config as config_lib
-from textgen.config import UserError, require
+from textgen.errors import UserError, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +53,16 @@ class Arm:
 
 @dataclasses.dataclass(frozen=True)
 class Baseline:
-    """A model without gradients: one loss, no seeds."""
+    """A model without gradients: one loss, no seeds.
+
+    Attributes:
+      in_windows: it saw as little of the text as the arms: only with such a one are they compared.
+      nats: [N]
+    """
 
     name: str
-    nats: Any  # [N]
+    in_windows: bool
+    nats: Any
 
     @property
     def loss(self) -> float:
@@ -93,7 +99,9 @@ class Results:
         dynamic = checkpoints.read_json(path, "its dynamic losses") if path.exists() else []
         self.arms = [self._arm(record, dynamic) for record in self.record["arms"]]
         self.finished = sorted((arm for arm in self.arms if arm.nats is not None), key=lambda arm: arm.loss)
-        self.baselines = [Baseline(b["name"], self._array(b["nats"])) for b in self.record["baselines"]]
+        self.baselines = [
+            Baseline(b["name"], b["in_windows"], self._array(b["nats"])) for b in self.record["baselines"]
+        ]
         self.baselines.sort(key=lambda b: b.loss)
         lengths = {len(nats) for nats in [*(a.nats[0] for a in self.finished), *(b.nats for b in self.baselines)]}
         require(len(lengths) <= 1, f"'{folder}': the losses are of texts of different lengths, {sorted(lengths)}.")
@@ -162,13 +170,18 @@ class Results:
         )
         return d.mean, d.half_width
 
+    @property
+    def best_baseline(self) -> Baseline | None:
+        """Of those that read the text as the arms do."""
+        return next((b for b in self.baselines if b.in_windows), None)
+
     # Together
 
     def blends(self) -> list[Blend]:
         """The ensemble of each arm's seeds; mixtures; dynamic evaluation, where it was done (see `dynamic.add`)."""
         ensembles = [self._ensemble(arm) for arm in self.finished if len(arm.seeds) > 1]
         pairs = [(self.finished[0], other) for other in self.finished[1:]]
-        pairs += [(arm, baseline) for arm in self.finished for baseline in self.baselines[:1]]
+        pairs += [(arm, self.best_baseline) for arm in self.finished if self.best_baseline]
         dynamic = [self._dynamic(arm) for arm in self.finished if arm.dynamic is not None]
         return [*ensembles, *(self._mixture(a, b) for a, b in pairs), *dynamic]
 

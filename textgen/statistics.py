@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import stdtrit
 
-from textgen.config import require
+from textgen.errors import require
 
 DRAWS = 2000  # of a bootstrap
 MOST_SEEDS = 1000  # beyond this many, more seeds are no advice

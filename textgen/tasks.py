@@ -119,19 +119,24 @@ def _copy(u: np.ndarray) -> Drawn:
 
 
 def _associative_recall(u: np.ndarray) -> Drawn:
-    """Pairs of a key and its value, of T/8 keys at random; a value is scored where its key has come before.
+    """T/8 to T/4 pairs of a key and its value, then keys at random, each with its value, which is scored.
 
-    Multi-query associative recall (Arora et al. 2023), with keys and queries mixed.
+    Multi-query associative recall (Arora et al. 2023). In half of the rows each key is first asked
+    for once in the order shown: on these a model learns to look up at all, as in copying, which
+    it otherwise begins to do only after many thousands of steps.
     """
     rows, size, _ = u.shape
-    known = (size - 1) // 8
-    keys = np.argsort(u[..., :2].reshape(rows, -1)[:, :KEYS], 1)[:, :known]
-    values = KEYS + _pick(u[:, :known, 2], VALUES)
-    which = np.repeat(_pick(u[:, ::2, 3], known), 2, 1)[:, :size]  # [N, T+1], of the row's keys
+    most = (size - 1) // 4
+    pairs = most // 2 + _pick(u[:, 0, 3], most - most // 2 + 1)[:, None]
+    keys = np.argsort(u[..., :2].reshape(rows, -1)[:, :KEYS], 1)[:, :most]
+    values = KEYS + _pick(u[:, :most, 2], VALUES)
+    at = np.arange((size + 1) // 2)[None]
+    which = (u[:, 2:, 3][:, : at.size] * pairs).astype(np.int64)
+    in_order = (at < pairs) | ((at < 2 * pairs) & (u[:, 1, 3] < 0.5)[:, None])
+    which = np.repeat(np.where(in_order, at % pairs, which), 2, 1)[:, :size]  # [N, T+1], of the row's pairs
     value = np.arange(size) % 2 == 1
     tokens = np.where(value, np.take_along_axis(values, which, 1), np.take_along_axis(keys, which, 1))
-    earlier = np.tril(which[:, :, None] == which[:, None, :], -2).any(2)
-    return _next_where(tokens, (earlier & value)[:, 1:])
+    return _next_where(tokens, (value & (np.arange(size) >= 2 * pairs))[:, 1:])
 
 
 def _selective_copy(u: np.ndarray) -> Drawn:
@@ -367,7 +372,7 @@ _zero = lambda: 0.0
 
 TASKS = {
     "copy": Task(SYMBOLS + 2, 2, _copy, 4, FAR, _zero),
-    "associative_recall": Task(KEYS + VALUES, 4, _associative_recall, 16, 8 * KEYS, _zero),
+    "associative_recall": Task(KEYS + VALUES, 4, _associative_recall, 16, 4 * KEYS, _zero),
     "selective_copy": Task(SYMBOLS + 2, 2, _selective_copy, 8, FAR, _zero),
     "parity": Task(2, 1, _modular(2), 1, FAR, _zero),
     "modular_counting": Task(5, 1, _modular(5), 1, FAR, _zero),
