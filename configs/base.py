@@ -76,6 +76,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.steps = 1000  # optimizer steps
     config.train.steps_per_dispatch = 25  # optimizer steps per call of the device
     config.train.accumulation = 1  # micro-batches that a batch is cut into
+    config.train.loss_chunk = placeholder(int)  # predictions whose logits are held at once; None: all of a batch
     config.train.ema_decay = placeholder(float)  # per step; evaluate and sample the average; None: none
     config.train.max_skipped_steps = 10  # non-finite steps in a row before the run stops
 

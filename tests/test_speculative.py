@@ -262,6 +262,7 @@ def test_bad_requests_are_refused(prompts, options, message):
 
 
 # Heads for later tokens.
+SCORE = functools.partial(objectives.total_nats, lambda logits: logits)
 
 
 def test_without_them_there_is_nothing_of_them():
@@ -280,7 +281,9 @@ def test_their_loss_is_the_mean_over_heads_of_the_later_tokens_nats():
     for b, t, i in itertools.product(range(2), range(6), range(2)):
         if t + i + 1 < 6 and targets[b, t + i + 1] >= 0:
             wanted -= log_p[b, t, i, targets[b, t + i + 1]] / 2
-    assert float(objectives.ahead_nats(jnp.asarray(logits), jnp.asarray(targets))) == pytest.approx(wanted, rel=1e-5)
+    assert float(objectives.ahead_nats(SCORE, jnp.asarray(logits), jnp.asarray(targets))) == pytest.approx(
+        wanted, rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", BACKBONES)
@@ -299,5 +302,5 @@ def test_training_teaches_them_and_reports_the_next_token_alone(name):
     assert ahead.shape == (*y.shape[:2], 2, model.vocab_size)
     # They know the later tokens better than the prediction of the next one does, read for a later one.
     targets = jnp.asarray(windows[:, 1:], jnp.int32)
-    loss = lambda ahead: float(objectives.ahead_nats(ahead, targets) / targets.size)
+    loss = lambda ahead: float(objectives.ahead_nats(SCORE, ahead, targets) / targets.size)
     assert loss(ahead) < loss(jnp.stack([logits, logits], 2)) - 0.1

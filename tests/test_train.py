@@ -64,6 +64,24 @@ def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order):
     assert losses(rows) == singles
 
 
+@pytest.mark.parametrize("overrides", [{}, {"model.tie_embedding": True, "model.predict_ahead": 2}])
+def test_a_loss_in_chunks_has_the_same_gradients_and_never_holds_all_logits(overrides):
+    whole, batches = trainer_of(overrides)
+    chunked, _ = trainer_of(overrides | {"train.loss_chunk": 7})  # 64 predictions do not divide by it
+    windows = batches(0, 1)[0]
+    targets = windows[0, :, 1:].astype(np.int32)
+    targets[1, 3:9] = -1
+    params = noisy_params(whole.model)
+    key = jax.random.key(0)
+    inputs = (params, windows[0, :, :-1].astype(np.int32), targets, None, key)
+    wanted, got = (jax.jit(t._gradients)(*inputs) for t in (whole, chunked))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), wanted, got)
+    size = f"[64,{whole.model.vocab_size}]", f"[4,16,{whole.model.vocab_size}]"
+    texts = [str(jax.make_jaxpr(t._gradients)(*inputs)) for t in (whole, chunked)]
+    assert any(s in texts[0] for s in size)
+    assert not any(s in texts[1] for s in size)
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_accumulation_equals_one_big_batch(name):
     whole, rows = run(*trainer_of({"model.backbone": name}))

@@ -164,11 +164,12 @@ class TrainConfig:
     steps: int
     steps_per_dispatch: int
     accumulation: int
+    loss_chunk: int | None
     ema_decay: float | None
     max_skipped_steps: int
 
     def __post_init__(self):
-        _positive(self, "train", "steps", "steps_per_dispatch", "accumulation", "max_skipped_steps")
+        _positive(self, "train", "steps", "steps_per_dispatch", "accumulation", "loss_chunk", "max_skipped_steps")
         _within(self, "train", 0, 1, "ema_decay")
 
 

@@ -1,5 +1,6 @@
 """The jitted training step and the loop around it."""
 
+import functools
 import math
 import signal
 import time
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Integer
 from textgen import optimizers, parallel
 from textgen.config import Config
 from textgen.models import LanguageModel
-from textgen.objectives import ahead_nats, next_token_nats
+from textgen.objectives import ahead_nats, total_nats
 
 
 @flax.struct.dataclass
@@ -185,18 +186,21 @@ class Trainer:
     def _gradients(self, params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any, Any]:
         """(summed nats, gradient of the sum, new carry), micro-batch by micro-batch."""
 
+        config = self.config
+
         def loss(params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any]:
-            logits, y, carry = self.model.apply(
-                {"params": params}, tokens, carry, train=True, rngs={"dropout": key}, method="score"
+            apply = functools.partial(self.model.apply, {"params": params})
+            y, carry = apply(tokens, carry, train=True, rngs={"dropout": key}, method="features")
+            score = functools.partial(
+                total_nats, functools.partial(apply, method="logits"), chunk=config.train.loss_chunk
             )
-            nats = next_token_nats(logits, jnp.maximum(targets, 0))
-            learned = nats = jnp.sum(jnp.where(targets >= 0, nats, 0))
-            if self.config.model.predict_ahead:  # learned, but not reported
-                learned += ahead_nats(self.model.apply({"params": params}, y, method="ahead"), targets)
-            return learned, (nats, carry)
+            nats = score(y, targets)
+            if not config.model.predict_ahead:
+                return nats, (nats, carry)
+            return nats + ahead_nats(score, apply(y, method="ahead_features"), targets), (nats, carry)
 
         gradient = jax.value_and_grad(loss, has_aux=True)
-        parts = self.config.train.accumulation
+        parts = config.train.accumulation
         if parts == 1:
             (_, (nats, carry)), gradients = gradient(params, tokens, targets, carry, key)
             return nats, gradients, carry

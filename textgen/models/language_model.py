@@ -87,9 +87,13 @@ class LanguageModel(nn.Module):
         flat = y.reshape(-1, self.width) @ self.embedding.T.astype(self.dtype)
         return flat.reshape(*y.shape[:-1], self.vocab_size).astype(jnp.float32)
 
+    def ahead_features(self, y: Float[Array, "*N D"]) -> Float[Array, "*N P D"]:
+        """What the head reads for the P = predict_ahead tokens after the next one, from the same features."""
+        return jnp.stack([head(y) for head in self.ahead_heads], axis=-2)
+
     def ahead(self, y: Float[Array, "*N D"]) -> Float[Array, "*N P V"]:
-        """Logits of the P = predict_ahead tokens after the next one, from the same features."""
-        return self.logits(jnp.stack([head(y) for head in self.ahead_heads], axis=-2))
+        """Logits of these tokens."""
+        return self.logits(self.ahead_features(y))
 
     def __call__(
         self,
