@@ -37,12 +37,13 @@ _SPECULATE = flags.DEFINE_string(
 )
 _GAMMA = flags.DEFINE_integer("gamma", 4, "Tokens that --speculate proposes at a time.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print the text as it is made.")
+_SHADE = flags.DEFINE_bool("shade", False, "Shade each token by its surprise, in a terminal with colours.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object for each sample, with its scores and the whole recipe.")
 _REPLAY = flags.DEFINE_string("replay", None, "Make the samples of a file of --json again, and say if they differ.")
 
 
 def main() -> None:
-    from textgen import inference, run, samples
+    from textgen import inference, logs, run, samples, tokenizers
     from textgen.config import require
 
     run.use_compilation_cache()
@@ -78,7 +79,13 @@ def main() -> None:
         else:
             how = f"{_DECODER.value} of {chain}, {sample.score:.3f}" if _DECODER.value else str(chain)
             print(f"--- {how}, seed {_SEED.value}, sample {sample.recipe['sample']}: {sample.summary()}")
-            print(sample.prompt + sample.text + "\n")
+            if _SHADE.value:
+                pieces = tokenizers.pieces(lm.tokenizer, sample.tokens)
+                shaded = logs.shade(pieces, -sample.log_probability)
+                logs.console.print(sample.prompt, end="", markup=False, highlight=False, soft_wrap=True)
+                logs.console.print(shaded, end="\n\n", soft_wrap=True)
+            else:
+                print(sample.prompt + sample.text + "\n")
     if draft is not None and not _JSON.value:
         tokens, calls = sum(_LENGTH.value for _ in made), sum(sample.calls for sample in made)
         print(f"{tokens} tokens in {calls} calls of the model: {tokens / calls:.2f} tokens a call")
