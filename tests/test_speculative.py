@@ -10,7 +10,7 @@ import pytest
 from conftest import BACKBONES, noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_train import TOKENS, trainer_of
+from test_train import trainer_of
 
 from textgen import generate, models, objectives, sampling, speculative
 from textgen.config import UserError
@@ -104,8 +104,7 @@ def law_of_texts(params, chain, length):
     return {text: p for text, (p, _) in texts.items()}
 
 
-@pytest.mark.parametrize("gamma", [1, 3])
-@pytest.mark.parametrize("chain", [PLAIN, SHARP, MEMORY], ids=["plain", "sharp", "memory"])
+@pytest.mark.parametrize(("chain", "gamma"), [(PLAIN, 1), (SHARP, 3), (MEMORY, 1), (MEMORY, 3)])
 def test_texts_come_as_often_as_from_the_model_alone(chain, gamma):
     params, draft, n, length = table(2, 0), table(1, 1), 20_000, 3
     wanted = law_of_texts(params, chain, length)
@@ -230,11 +229,13 @@ def test_samples_of_a_prompt_share_its_prefill_and_equal_separate_prompts():
 def test_no_prompt_length_seed_or_number_compiles_again():
     def run(lengths, temperature, length):
         chain, keys = sampling.chain(sampling.temperature(temperature)), generate.row_keys(0, len(lengths))
-        MARKOV[3](table(2, 0), table(1, 1), [np.ones(n, np.int32) for n in lengths], keys, chain, length=length)
+        prompts = [np.ones(n, np.int32) for n in lengths]
+        return MARKOV[3](table(2, 0), table(1, 1), prompts, keys, chain, length=length).generated.tokens
 
-    run([3, 9], 1.0, 20)
+    short = run([3, 9], 1.0, 20)
     compiled = MARKOV[3]._run._cache_size()
     run([16, 1], 0.0, 31)
+    np.testing.assert_array_equal(run([3, 9], 1.0, 31)[:, :20], short)
     assert MARKOV[3]._run._cache_size() == compiled
 
 
@@ -296,10 +297,10 @@ def test_training_teaches_them_and_reports_the_next_token_alone(name):
     assert first_loss == pytest.approx(np.log(trainer.model.vocab_size), rel=1e-3)  # the heads' nats are not in it
     model, params = trainer.model, state.params
     apply = jax.jit(lambda x, method: model.apply({"params": params}, x, method=method), static_argnames="method")
-    _, y, _ = apply(windows[:, :-1], method="score")
+    logits, y, _ = apply(windows[:, :-1], method="score")
     ahead = apply(y, method="ahead")
-    assert ahead.shape == (*y.shape[:2], 2, trainer.model.vocab_size)
-    loss = float(objectives.ahead_nats(SCORE, ahead, jnp.asarray(windows[:, 1:], jnp.int32)) / windows[:, 1:].size)
-    counts = np.bincount(TOKENS, minlength=trainer.model.vocab_size) / len(TOKENS)
-    unigram = -(counts[counts > 0] * np.log(counts[counts > 0])).sum()
-    assert loss < unigram - 0.1  # they know more of the later tokens than their frequencies
+    assert ahead.shape == (*y.shape[:2], 2, model.vocab_size)
+    # They know the later tokens better than the prediction of the next one does, read for a later one.
+    targets = jnp.asarray(windows[:, 1:], jnp.int32)
+    loss = lambda ahead: float(objectives.ahead_nats(SCORE, ahead, targets) / targets.size)
+    assert loss(ahead) < loss(jnp.stack([logits, logits], 2)) - 0.1
