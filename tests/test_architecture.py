@@ -9,12 +9,12 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"schema"},
-    {"config", "plays", "tokenizers", "logs", "pages", "analysis"},
+    {"config", "plays", "tokenizers", "logs", "pages", "textmetrics", "analysis"},
     {"corpora", "data", "models", "statistics", "sampling", "generate", "objectives", "optimizers", "parallel"}
     | {"arms", "tasks", "decoders", "decoding", "speculative"},
     {"checkpoints", "evaluate", "samples", "budget"},
     {"train", "inference", "document"},
-    {"run", "ensemble", "dynamic", "results", "figures"},
+    {"run", "assess", "study", "ensemble", "dynamic", "results", "figures"},
     {"jobs", "ledger", "probes", "details"},
     {"report"},
     {"compare"},
@@ -27,6 +27,7 @@ BESIDE = {
     ("data", "corpora"),
     ("generate", "sampling"),
     ("decoding", "decoders"),
+    ("run", "assess"),
 }
 BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}
 
