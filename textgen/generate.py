@@ -167,7 +167,7 @@ class Generator:
                 if limit is not None and max(map(len, texts)) + chunk > limit:
                     kept = [text[-max(limit // 2, 1) :] for text in texts]
                 used = max(map(len, kept))
-                room = bucket(used + chunk)
+                room = bucket(bucket(used) + chunk)
                 carry, logits = self._prefill(params, *pad(kept), copies, capacity=room)
                 if state is None:
                     state = begin(carry, logits, texts, copies[:rows], chain, bucket(used + length))
