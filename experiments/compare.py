@@ -18,7 +18,8 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     from configs import sweeps
-    from textgen import arms, compare, dynamic, logs, report, run
+    from textgen import logs, run
+    from textgen.comparison import arms, compare, dynamic, report
 
     run.use_compilation_cache()
     config = sweeps.compare(_CONFIG.value, sweeps.parse(_SWEEP.value)) if _SWEEP.value else _CONFIG.value

@@ -7,7 +7,8 @@ from conftest import noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textgen import analysis, dynamic, inference, models, tokenizers
+from textgen import inference, models, tokenizers
+from textgen.comparison import analysis, dynamic
 
 
 def every_token_once(groups, count):

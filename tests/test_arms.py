@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import base, lstm_vs_transformer, sweeps
-from textgen import arms, budget
+from textgen.comparison import arms, budget
 from textgen.config import UserError
 
 V = 65

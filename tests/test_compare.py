@@ -10,7 +10,8 @@ from conftest import TEXT
 
 import textgen
 from configs import base, sweeps
-from textgen import arms, compare, dynamic, jobs, logs, report, train
+from textgen import logs, train
+from textgen.comparison import arms, compare, dynamic, jobs, report
 from textgen.config import UserError
 
 FLAT = {

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from conftest import BACKBONES, TEXT, tiny
 
-from textgen import data, ensemble, models, parallel, train
+from textgen import data, models, parallel, train
+from textgen.comparison import ensemble
 from textgen.tokenizers import CharacterTokenizer
 
 TOKENIZER = CharacterTokenizer("".join(sorted(set(TEXT))))

@@ -9,9 +9,10 @@ import pytest
 from comparisons import made_up
 from conftest import tiny
 
-from textgen import dynamic, pages, report
+from textgen import pages
+from textgen.comparison import dynamic, report
+from textgen.comparison.results import Results
 from textgen.config import UserError
-from textgen.results import Results
 
 VOID = {"meta", "br", "hr", "img", "link", "input", "col"}
 

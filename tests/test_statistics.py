@@ -8,7 +8,7 @@ import pytest
 from comparisons import wave
 from scipy import stats
 
-from textgen import statistics
+from textgen.comparison import statistics
 from textgen.config import UserError
 
 

@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from textgen import checkpoints, ensemble, logs, models, tasks, train
+from textgen import checkpoints, logs, models, tasks, train
 from textgen import config as config_lib
-from textgen.arms import overlay
+from textgen.comparison import ensemble
+from textgen.comparison.arms import overlay
 from textgen.config import Config, UserError, did_you_mean, require
 from textgen.objectives import next_token_nats
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from textgen import pages, statistics
+from textgen import pages
+from textgen.comparison import statistics
 
 HEADROOM = 0.6  # nats above the least loss of a sweep that its figure shows
 Draw = Callable[[Any], None]

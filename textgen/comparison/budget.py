@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from textgen import models
-from textgen.arms import BudgetConfig
+from textgen.comparison.arms import BudgetConfig
 from textgen.config import Config, UserError, require
 
 # Matrix products of bfloat16 without sparsity, FLOP/s, from the makers' data sheets.

@@ -4,9 +4,10 @@ import html
 
 import numpy as np
 
-from textgen import analysis, figures, pages, statistics
-from textgen.document import Document
-from textgen.results import Results
+from textgen import pages
+from textgen.comparison import analysis, figures, statistics
+from textgen.comparison.document import Document
+from textgen.comparison.results import Results
 
 PASSAGE = 700  # tokens of a shaded text
 

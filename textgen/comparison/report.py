@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from textgen import details, figures, pages, statistics
-from textgen.document import Document, listed
-from textgen.results import Results
+from textgen import pages
+from textgen.comparison import details, figures, statistics
+from textgen.comparison.document import Document, listed
+from textgen.comparison.results import Results
 
 BUDGETS = {
     "parameters": "the same number of parameters",

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from textgen import analysis, checkpoints, data, statistics, tokenizers
+from textgen import checkpoints, data, tokenizers
 from textgen import config as config_lib
+from textgen.comparison import analysis, statistics
 from textgen.errors import UserError, require
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from jaxtyping import Shaped
 
 from textgen import checkpoints as checkpoints_lib
-from textgen import data, ensemble, inference, logs, models, train
+from textgen import data, inference, logs, models, train
+from textgen.comparison import ensemble
 from textgen.config import Config
 from textgen.tokenizers import Tokenizer
 

@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen import budget, checkpoints, data
+from textgen import checkpoints, data
 from textgen import config as config_lib
-from textgen.arms import Comparison
+from textgen.comparison import budget
+from textgen.comparison.arms import Comparison
 from textgen.config import Config, UserError, require
 
 # What may differ when a comparison goes on: nothing that a result depends on.

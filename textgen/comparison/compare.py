@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from textgen import budget, data, evaluate, inference, logs, report, train
 from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
-from textgen.arms import Comparison
+from textgen import data, evaluate, inference, logs, train
+from textgen.comparison import budget, report
+from textgen.comparison.arms import Comparison
+from textgen.comparison.jobs import Job, Run
+from textgen.comparison.ledger import Ledger
 from textgen.config import Config, UserError, require
-from textgen.jobs import Job, Run
-from textgen.ledger import Ledger
 from textgen.models import ngram
 
 
