@@ -14,39 +14,28 @@ The house, from the ground up; a module imports only lower layers:
        logs         metrics.jsonl, TensorBoard, progress
        pages        self-contained HTML: tables, shaded texts, figures
        textmetrics  what can be counted in a text
-       analysis     where models differ, and what they are worth together
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
-       models/      backbones behind one contract, and the shell around them
-       sampling     transformations of logits, and the draw
+       tasks        sequences whose best predictor is known
+       models/      backbones behind one contract, the shell around them, and n-grams
+       sampling/    transformations of logits, and the draw
        generate     prefill, then one scan over any step function
        decoders     beam search and others that choose whole texts
        decoding     the loop around them
        speculative  several tokens for one call of the model
        objectives   next-token nats
-       statistics   intervals over text and seeds, verdicts in words
        optimizers   config -> optax
        parallel     the mesh, and where every array lives
-       arms         what a comparison compares
-       tasks        texts whose best predictor is known
     2  checkpoints  a run's folder
        evaluate     how well a text is predicted
-       budget       what a run costs; widths and steps that make costs equal
+       samples      generated texts, where they stop, and their recipes
     3  train        the jitted step and the loop
        inference    a trained model in use
-       document     one text as HTML and as Markdown
     4  run          wiring
+       assess       a trained model's losses, for people and machines
        study/       which sampler setting? a ladder, measured; and the page that shows it
-       ensemble     several runs in one program
-       dynamic      a model that learns from the text it is judged on
-       results      a comparison's results, and what follows from them
-       figures      of its report
-    5  jobs         runs trained together, to the end
-       ledger       a comparison's folder
-       details      the report's later sections
+    5  comparison/  which architecture is better? arms, budgets, seeds, statistics, report
        probes       every backbone on every task
-    6  report       report.html and report.md of a comparison
-    7  compare      arms, budgets, tuning, seeds, report
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.
