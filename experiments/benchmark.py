@@ -1,130 +1,242 @@
-"""Our jobs and PyTorch's, in turn, on this machine: python -m experiments.benchmark   (pip install -e ".[bench]")
+"""Our jobs and their peers', in turn, on this machine: python -m experiments.benchmark   (pip install -e ".[bench]")
 
-Each pair runs alternately in one process, a few repetitions; the table has medians, and the
-ratio is of tokens per second. Peers are the same shapes written with PyTorch's own parts.
+The sides of a pair run alternately in one process, a few repetitions; the table has medians, and
+the ratio is how much faster we are than the better peer. `start` and `memory` are whole
+processes of their own: a launch to the end of its first training step, and the peak of one that
+trains. The machine's own limits are measured first: a large matrix product and a copy. What part
+of the product's rate a job's own products make is its `of limit`.
+
+    python -m experiments.benchmark --only=decode
+    python -m experiments.benchmark --only=sizes --json
 """
 
+import dataclasses
 import json
+import os
 import platform
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from absl import flags
 
 from experiments import launch
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed turns of each side.")
+_ONLY = flags.DEFINE_string("only", r"^(train|evaluate|decode|start)", "Jobs whose name this pattern finds.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
-# name, backbone, width, layers, rows, tokens
+STEPS, PROMPT, TEMPERATURE = 10, 6, 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What a job's size is; rows and tokens are those of a batch, or of the new texts."""
+
+    backbone: str
+    width: int
+    layers: int
+    rows: int
+    tokens: int
+    vocabulary: int = 65
+
+    def __str__(self) -> str:
+        return f"{self.backbone} {self.layers} x {self.width}, B{self.rows} T{self.tokens}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One line of the table.
+
+    Attributes:
+      tokens: of one call.
+      flops: of its matrix products.
+      ours: makes our call.
+      peers: make theirs.
+    """
+
+    name: str
+    tokens: int
+    flops: float
+    ours: Callable[[], Callable[[], None]]
+    peers: dict[str, Callable[[], Callable[[], None]]]
+
+
+SMALL = Shape("transformer", 128, 4, 12, 64)  # nanoGPT's recipe for a CPU: 0.8M parameters
 TRAINING = [
-    ("Transformer 0.8M, B12 T64", "transformer", 128, 4, 12, 64),
-    ("Transformer 0.8M, B12 T256", "transformer", 128, 4, 12, 256),
-    ("LSTM 2 x 128, B50 T50", "lstm", 128, 2, 50, 50),
-    ("LSTM 2 x 512, B64 T128", "lstm", 512, 2, 64, 128),
+    SMALL,
+    dataclasses.replace(SMALL, tokens=256),
+    Shape("lstm", 128, 2, 50, 50),
+    Shape("lstm", 512, 2, 64, 128),
 ]
-VOCABULARY, STEPS = 65, 10
+EVALUATION = [Shape("transformer", 128, 4, 64, 128), Shape("lstm", 128, 2, 64, 128)]
+DECODING = [Shape(backbone, 128, 4, rows, 200) for backbone in ("transformer", "lstm") for rows in (1, 16, 64)]
+SIZES = [
+    *(dataclasses.replace(SMALL, rows=rows) for rows in (3, 12, 48)),
+    *(dataclasses.replace(SMALL, tokens=tokens) for tokens in (32, 128, 512)),
+    *(dataclasses.replace(SMALL, width=width) for width in (64, 256)),
+    *(dataclasses.replace(SMALL, vocabulary=vocabulary) for vocabulary in (1024, 8192)),
+]
 
 
-def our_training(backbone: str, width: int, layers: int, rows: int, tokens: int) -> Callable[[], None]:
-    """STEPS optimizer steps of ours per call, AdamW, clipped, as the peer does."""
-    import jax
-    import numpy as np
-
+def build(shape: Shape) -> tuple[Any, Any]:
+    """(config, model) of that shape."""
     from configs import base
     from textgen import config as config_lib
-    from textgen import models, parallel, train
+    from textgen import models
 
     source = base.get_config()
     source.update_from_flattened_dict(
         {
-            "corpus.name": "tiny_shakespeare", "data.batch_size": rows, "data.window": tokens,
-            "model.backbone": backbone, "model.width": width, "model.layers": layers,
-            "model.transformer.feed_forward_width": 4 * width, "optimizer.clip_norm": 1.0,
-            "train.steps_per_dispatch": STEPS,
+            "corpus.name": "tiny_shakespeare", "data.batch_size": shape.rows, "data.window": shape.tokens,
+            "model.backbone": shape.backbone, "model.width": shape.width, "model.layers": shape.layers,
+            "model.context": max(256, shape.tokens), "model.transformer.feed_forward_width": 4 * shape.width,
+            "optimizer.clip_norm": 1.0, "train.steps_per_dispatch": STEPS,
         }
     )  # fmt: skip
-    settings = config_lib.from_dict(source)
-    trainer = train.Trainer(models.build(settings, VOCABULARY), settings, parallel.make_mesh(settings.mesh))
+    config = config_lib.from_dict(source)
+    return config, models.build(config, shape.vocabulary)
+
+
+def training(shape: Shape, steps: int = STEPS) -> Callable[[], None]:
+    """Optimizer steps, AdamW, clipped, as the peer does."""
+    import jax
+    import numpy as np
+
+    from textgen import parallel, train
+
+    config, model = build(shape)
+    trainer = train.Trainer(model, config, parallel.make_mesh(config.mesh))
     state = trainer.init()
     random = np.random.default_rng(0)
-    fresh = np.ones(STEPS, bool)
 
     def call() -> None:
         nonlocal state
-        windows = random.integers(0, VOCABULARY, (STEPS, rows, tokens + 1)).astype(np.uint8)
-        state, sums = trainer.dispatch(state, windows, fresh)
+        windows = random.integers(0, shape.vocabulary, (steps, shape.rows, shape.tokens + 1)).astype(np.uint16)
+        state, sums = trainer.dispatch(state, windows, np.ones(steps, bool))
         jax.block_until_ready(sums)
 
     return call
 
 
-def torch_training(backbone: str, width: int, layers: int, rows: int, tokens: int) -> Callable[[], None]:
-    """STEPS optimizer steps of the same shape in PyTorch: eager, fused AdamW, fused attention."""
-    import torch
-    from torch import nn
-    from torch.nn import functional
+def evaluation(shape: Shape) -> Callable[[], None]:
+    """The loss of STEPS batches."""
+    import numpy as np
 
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
-            self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
-            self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+    from textgen.evaluate import Evaluator
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            heads = [part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.qkv(self.first(x)).chunk(3, -1)]
-            y = functional.scaled_dot_product_attention(*heads, is_causal=True)
-            x = x + self.out(y.transpose(1, 2).flatten(-2))
-            return x + self.down(functional.gelu(self.up(self.second(x))))
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.positions = nn.Embedding(VOCABULARY, width), nn.Embedding(tokens, width)
-            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
-            self.lstm = nn.LSTM(width, width, layers, batch_first=True)
-            self.norm, self.head = nn.LayerNorm(width, bias=False), nn.Linear(width, VOCABULARY, bias=False)
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            x = self.embedding(ids)
-            if backbone == "lstm":
-                x, _ = self.lstm(x)
-            else:
-                x = self.blocks(x + self.positions.weight)
-            return self.head(self.norm(x))
-
-    model = Model()
-    used = [p for name, p in model.named_parameters() if not name.startswith(("blocks", "positions", "lstm"))]
-    used += (
-        list(model.lstm.parameters()) if backbone == "lstm" else [model.positions.weight, *model.blocks.parameters()]
-    )
-    optimizer = torch.optim.AdamW(used, lr=1e-3, betas=(0.9, 0.99), fused=True)
-
-    def call() -> None:
-        for _ in range(STEPS):
-            window = torch.randint(0, VOCABULARY, (rows, tokens + 1))
-            logits = model(window[:, :-1])
-            loss = functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(used, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    return call
+    _, model = build(shape)
+    evaluator = Evaluator(model, window=shape.tokens, batch_size=shape.rows)
+    params, random = _params(model), np.random.default_rng(0)
+    text = random.integers(0, shape.vocabulary, STEPS * shape.rows * shape.tokens + 1).astype(np.uint16)
+    return lambda: evaluator.window_nats(params, text)
 
 
-def compare(ours: Callable[[], None], theirs: Callable[[], None], repeats: int) -> tuple[float, float]:
-    """Median seconds of each, taken in turn after one warm-up."""
-    times: tuple[list[float], list[float]] = ([], [])
+def decoding(shape: Shape) -> Callable[[], None]:
+    """New tokens, and what the sampler tells of each."""
+    import numpy as np
+
+    from textgen import generate, sampling
+
+    _, model = build(shape)
+    params = _params(model)
+    step = lambda params, *inputs: model.apply({"params": params}, *inputs, method="next_token")
+    generator = generate.Generator(step, model.init_carry, model.max_positions)
+    chain = sampling.chain(sampling.temperature(TEMPERATURE))
+    prompt, keys = [np.arange(PROMPT, dtype=np.int32)], generate.row_keys(0, shape.rows)
+    return lambda: generator(params, prompt, keys, chain, length=shape.tokens, num_samples=shape.rows)
+
+
+def _params(model: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def jobs() -> Iterator[Job]:
+    """Every pair that runs in one process."""
+    from experiments import peers
+
+    for prefix, shapes in (("train", TRAINING), ("sizes", SIZES)):
+        for s in shapes:
+            tokens = STEPS * s.rows * s.tokens
+            theirs = {"PyTorch eager": lambda s=s: peers.training(s, STEPS)}
+            if s.backbone == "transformer" and prefix == "train":  # PyTorch does not compile its LSTM
+                theirs["torch.compile"] = lambda s=s: peers.training(s, STEPS, compiled=True)
+            name = f"{prefix} {s}" + (f" V{s.vocabulary}" if prefix == "sizes" else "")
+            yield Job(name, tokens, 3 * tokens * _flops(s), lambda s=s: training(s), theirs)
+    for s in EVALUATION:
+        tokens = STEPS * s.rows * s.tokens
+        theirs = {"PyTorch eager": lambda s=s: peers.evaluation(s, STEPS)}
+        yield Job(f"evaluate {s}", tokens, tokens * _flops(s), lambda s=s: evaluation(s), theirs)
+    for s in DECODING:
+        peer = "torch.nn.LSTM loop" if s.backbone == "lstm" else "transformers generate"
+        theirs = {peer: lambda s=s: peers.generation(s, PROMPT, TEMPERATURE)}
+        tokens = s.rows * s.tokens
+        yield Job(f"decode {s}", tokens, tokens * _flops(s), lambda s=s: decoding(s), theirs)
+
+
+def _flops(shape: Shape) -> float:
+    return build(shape)[1].flops_per_token(shape.tokens)
+
+
+def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """The median of each, taken in turn after one warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
-        for call, kept in zip((ours, theirs), times, strict=True):
+        for name, call in calls.items():
             began = time.perf_counter()
             call()
             if turn:
-                kept.append(time.perf_counter() - began)
-    return statistics.median(times[0]), statistics.median(times[1])
+                times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(some) for name, some in times.items()}
+
+
+def limits() -> dict[str, float]:
+    """What this machine can do: {"flops": of a large product, "bytes": read and written by a copy}, a second."""
+    import jax
+    import jax.numpy as jnp
+
+    n = 2048
+    square, large = jnp.ones((n, n)), jnp.ones(2**26)
+    product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
+    took = seconds(
+        {
+            "flops": lambda: product(square, square).block_until_ready(),
+            "bytes": lambda: copy(large).block_until_ready(),
+        },
+        5,
+    )
+    return {"flops": 2 * n**3 / took["flops"], "bytes": 2 * large.nbytes / took["bytes"]}
+
+
+def launch_alone(side: str) -> tuple[float, float]:
+    """(seconds, peak MiB) of a process that takes one training step of SMALL and ends."""
+    body = {
+        "ours": "from textgen import run; run.use_compilation_cache(); benchmark.training(benchmark.SMALL, 1)()",
+        "PyTorch eager": "from experiments import peers; peers.training(benchmark.SMALL, 1)()",
+    }[side]
+    # Linux hands ru_maxrss on from the parent: the peak of this process alone stands in /proc.
+    body = f"from experiments import benchmark; {body}; print(open('/proc/self/status').read())"
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True)
+    return time.perf_counter() - began, int(re.search(r"VmHWM:\s*(\d+) kB", done.stdout)[1]) / 1024
+
+
+def compare_launches() -> list[dict[str, Any]]:
+    """Start (import to first step, from the second launch on) and peak memory of the main job."""
+    turns = [{side: launch_alone(side) for side in ("ours", "PyTorch eager")} for _ in range(4)][1:]
+    rows = []
+    for i, (name, unit) in enumerate((("start", "s"), ("memory", "MiB"))):
+        ours, theirs = (statistics.median(turn[side][i] for turn in turns) for side in turns[0])
+        peers = {"PyTorch eager": theirs}
+        rows.append({"job": f"{name} {SMALL}", "unit": unit, "ours": ours, "peers": peers, "ratio": theirs / ours})
+    return rows
 
 
 def main() -> None:
@@ -132,20 +244,38 @@ def main() -> None:
 
     try:
         import torch
+        import transformers
     except ImportError:
-        raise UserError('The peer, PyTorch, is not installed: pip install -e ".[bench]"') from None
-    rows = []
-    for name, *shape in TRAINING:
-        ours, theirs = compare(our_training(*shape), torch_training(*shape), _REPEATS.value)
-        tokens = STEPS * shape[-2] * shape[-1]
-        rows.append({"job": "train " + name, "ours": tokens / ours, "pytorch": tokens / theirs, "ratio": theirs / ours})
+        raise UserError('The peers are not installed: pip install -e ".[bench]"') from None
+    limit, rows = limits(), []
+
+    def show(row: dict[str, Any]) -> None:
+        rows.append(row)
         if not _JSON.value:
-            r = rows[-1]
+            their = ", ".join(f"{name} {value:,.{0 if value >= 100 else 1}f}" for name, value in row["peers"].items())
+            part = f"   {row['of_limit']:4.0%} of limit" if "of_limit" in row else ""
+            ours = f"{row['ours']:,.{0 if row['ours'] >= 100 else 1}f}"
             print(
-                f"{r['job']:32s} {r['ours']:10,.0f} {r['pytorch']:10,.0f} tokens/s   ratio {r['ratio']:.2f}", flush=True
+                f"{row['job']:36s} {ours:>10s} {row['unit']:8s} ratio {row['ratio']:6.2f}{part}   ({their})", flush=True
             )
+
+    if not _JSON.value:
+        print(f"{os.cpu_count()} cores: {limit['flops'] / 1e9:,.0f} GFLOP/s, copy {limit['bytes'] / 1e9:,.1f} GB/s")
+    for job in jobs():
+        if re.search(_ONLY.value, job.name):
+            took = seconds({"ours": job.ours(), **{name: peer() for name, peer in job.peers.items()}}, _REPEATS.value)
+            rate = {name: job.tokens / t for name, t in took.items()}
+            ours = rate.pop("ours")
+            of_limit = job.flops / took["ours"] / limit["flops"]
+            row = {"job": job.name, "unit": "tokens/s", "ours": ours, "peers": rate}
+            show(row | {"ratio": ours / max(rate.values()), "of_limit": of_limit})
+    if re.search(_ONLY.value, "start"):
+        for row in compare_launches():
+            show(row)
     if _JSON.value:
-        print(json.dumps({"machine": platform.processor(), "torch": torch.__version__, "rows": rows}, indent=1))
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        machine = {"machine": platform.processor(), "cores": os.cpu_count(), "limits": limit}
+        print(json.dumps({**machine, **versions, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,12 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    from textgen import inference, run
+    from textgen import assess, inference, run
 
     run.use_compilation_cache()
     lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
-    reports = inference.evaluate_model(lm, split=_SPLIT.value, text=_TEXT.value)
-    print(inference.reports_as_json(reports) if _JSON.value else inference.reports_as_text(reports))
+    reports = assess.evaluate_model(lm, split=_SPLIT.value, text=_TEXT.value)
+    print(assess.reports_as_json(reports) if _JSON.value else assess.reports_as_text(reports))
 
 
 if __name__ == "__main__":

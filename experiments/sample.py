@@ -29,13 +29,21 @@ _MIN_P = flags.DEFINE_float("min_p", None, "Keep tokens at least so likely, rela
 _TYPICAL = flags.DEFINE_float("typical", None, "Keep tokens of typical surprise, up to this mass.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "How far to lean from --second_prompt to the prompt; 1: prompt alone.")
 _SECOND_PROMPT = flags.DEFINE_string("second_prompt", None, "What --guidance leans away from.")
+_DECODER = flags.DEFINE_string(
+    "decoder", None, "Choose whole texts: beam(8), stochastic_beam(8), arithmetic(8), best_of(8)."
+)
+_SPECULATE = flags.DEFINE_string(
+    "speculate", None, "Several tokens a call, exactly: the folder of a smaller run or n-gram that proposes, or heads."
+)
+_GAMMA = flags.DEFINE_integer("gamma", 4, "Tokens that --speculate proposes at a time.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print the text as it is made.")
+_SHADE = flags.DEFINE_bool("shade", False, "Shade each token by its surprise, in a terminal with colours.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object for each sample, with its scores and the whole recipe.")
 _REPLAY = flags.DEFINE_string("replay", None, "Make the samples of a file of --json again, and say if they differ.")
 
 
 def main() -> None:
-    from textgen import inference, run, samples
+    from textgen import inference, logs, run, samples, tokenizers
     from textgen.config import require
 
     run.use_compilation_cache()
@@ -55,14 +63,32 @@ def main() -> None:
             len(prompts) == _NUM_SAMPLES.value == 1 and not _JSON.value,
             "--stream prints one sample of one prompt: leave out the other prompts, --num_samples and --json.",
         )
+        require(
+            _DECODER.value is _SPECULATE.value is None,
+            "--stream prints what is sampled token by token: leave out --decoder and --speculate.",
+        )
         lm.print_stream(prompts[0], **options)
         return
-    for sample in lm.samples(prompts, num_samples=_NUM_SAMPLES.value, **options):
+    draft = _SPECULATE.value
+    draft = inference.load(draft) if draft not in (None, "heads") else draft
+    options |= {"decoder": _DECODER.value, "draft": draft, "gamma": _GAMMA.value}
+    made = lm.samples(prompts, num_samples=_NUM_SAMPLES.value, **options)
+    for sample in made:
         if _JSON.value:
             print(json.dumps(sample.record() | {"workdir": _WORKDIR.value}, ensure_ascii=False))
         else:
-            print(f"--- {chain}, seed {_SEED.value}, sample {sample.recipe['sample']}: {sample.summary()}")
-            print(sample.prompt + sample.text + "\n")
+            how = f"{_DECODER.value} of {chain}, {sample.score:.3f}" if _DECODER.value else str(chain)
+            print(f"--- {how}, seed {_SEED.value}, sample {sample.recipe['sample']}: {sample.summary()}")
+            if _SHADE.value:
+                pieces = tokenizers.pieces(lm.tokenizer, sample.tokens)
+                shaded = logs.shade(pieces, -sample.log_probability)
+                logs.console.print(sample.prompt, end="", markup=False, highlight=False, soft_wrap=True)
+                logs.console.print(shaded, end="\n\n", soft_wrap=True)
+            else:
+                print(sample.prompt + sample.text + "\n")
+    if draft is not None and not _JSON.value:
+        tokens, calls = sum(_LENGTH.value for _ in made), sum(sample.calls for sample in made)
+        print(f"{tokens} tokens in {calls} calls of the model: {tokens / calls:.2f} tokens a call")
 
 
 if __name__ == "__main__":

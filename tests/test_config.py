@@ -140,3 +140,15 @@ def test_a_flag_of_another_backbone_is_refused():
 def test_the_split_of_tiny_shakespeare_is_nanogpts():
     corpus = tiny().corpus
     assert data.bounds(1_115_394, corpus)[:2] == (1_003_854, 1_115_394)
+
+
+def test_base_has_every_key_and_a_saved_config_may_lack_the_youngest():
+    source = base.get_config()
+    source.corpus.name = "tiny_shakespeare"
+    whole = config_lib.to_dict(config_lib.from_dict(source))
+    assert set(config_lib.flatten(source.to_dict())) == set(config_lib.flatten(whole))
+    del whole["model"]["ngram"], whole["train"]["loss_chunk"]
+    assert config_lib.from_dict(whole) == config_lib.from_dict(source)
+    del whole["model"]["width"]
+    with pytest.raises(UserError, match=r"The config lacks the key .model\.width."):
+        config_lib.from_dict(whole)

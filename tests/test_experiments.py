@@ -85,6 +85,11 @@ def test_train_interrupt_resume_sample_evaluate(folder):
     assert streamed.stdout == "The " + records[0]["text"] + "\n"
     evaluated = json.loads(call("evaluate", f"--workdir={workdir}", "--json").stdout)
     assert set(evaluated) == {"windows", "stream"}
+    explored = call("explore", f"--workdir={workdir}", "--temperatures=0.5,1", "--length=30", "--num_samples=2")
+    assert explored.returncode == 0, explored.stderr
+    assert "comes nearest to unseen text" in explored.stdout or "as surprising to it" in explored.stdout
+    assert (workdir / "explore.html").read_text().startswith("<!DOCTYPE html>")
+    assert len(json.loads((workdir / "explore.json").read_text())["settings"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,9 @@ def test_train_interrupt_resume_sample_evaluate(folder):
         pytest.param("sample", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
         pytest.param("sample", [], "Give the run's folder: --workdir=DIR", marks=pytest.mark.slow),
         pytest.param("sample", ["--replay=/absent"], "There is no file '/absent'", marks=pytest.mark.slow),
+        pytest.param(
+            "explore", ["--workdir=x", "--temperatures=0.5,hot"], "such as 0.5,0.8,1; got 'hot'", marks=pytest.mark.slow
+        ),
         pytest.param("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
         ("compare", ["--sweep=model.widht=4,8"], "unknown config key 'model.widht'. Did you mean 'model.width'?"),
         pytest.param("compare", [], "The config has no section 'compare'", marks=pytest.mark.slow),

@@ -63,6 +63,20 @@ def test_full_pass_equals_chunks_and_single_tokens(built, cuts):
     close(np.concatenate(parts, 1), full)
 
 
+def test_a_carry_with_more_room_is_the_same_with_zeros_behind(built):
+    model, _, apply = built
+    tokens, lengths = random_tokens(2, 4), np.array([4, 2], np.int32)
+    carries = []
+    for room in (5, 9):
+        _, carry = apply(tokens, model.init_carry(2, room), lengths)
+        _, carry = apply(tokens[:, :1], carry, None)
+        carries.append(carry)
+    place = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+    got, _ = apply(tokens, jax.tree.map(place, model.init_carry(2, 9), carries[0]), None)
+    expected, _ = apply(tokens, carries[1], None)
+    close(got, expected)
+
+
 def test_ragged_batch_equals_each_row_alone(built):
     model, _, apply = built
     tokens, lengths = random_tokens(4, 7), np.array([7, 1, 0, 7], np.int32)
@@ -290,7 +304,7 @@ def test_attention_equals_a_loop_over_tokens(rows, steps, context, heads, seed):
     q = random.standard_normal((rows, h, steps, 4)).astype(np.float32)
     k, v = random.standard_normal((2, rows, g, steps, 4)).astype(np.float32)
     positions = np.arange(steps, dtype=np.int32)[None]
-    got = np.asarray(jax.jit(attend, static_argnums=5)(q, k, v, positions, positions, context))
+    got = np.asarray(jax.jit(attend, static_argnums=3)(q, [(k, v, positions)], positions, context))
     for b in range(rows):
         for head in range(h):
             for t in range(steps):

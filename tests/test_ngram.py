@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import textgen
 from configs import ngram as ngram_config
+from textgen import assess, evaluate, logs, models, plays, run
 from textgen import config as config_lib
-from textgen import evaluate, inference, logs, models, plays, run
 from textgen.config import UserError
 from textgen.models import ngram
 
@@ -261,7 +261,7 @@ def test_a_run_is_counted_saved_loaded_and_used(text_file, tmp_path, order):
     np.testing.assert_allclose(final["validation_stream/loss"], expected.mean(), rtol=1e-5)
     rows = logs.read_metrics(tmp_path / "run")
     assert {k for row in rows for k in row} >= {"eval/loss", "eval/bits_per_byte", "validation_stream/loss"}
-    assert inference.evaluate_model(lm)["windows"].loss == final["eval/loss"]
+    assert assess.evaluate_model(lm)["windows"].loss == final["eval/loss"]
     (sample,) = lm.samples("The river", length=20, temperature=0.8, seed=3)
     assert "".join(lm.stream("The river", length=20, temperature=0.8, seed=3)) == sample.text
     np.testing.assert_allclose(lm.score("The river" + sample.text)[-20:], sample.log_probability, rtol=1e-4)

@@ -1,13 +1,15 @@
-"""Pages are whole HTML, load nothing, show any text as it is, and their figures follow the page's colours."""
+"""Pages are whole HTML, load nothing, and show any text as it is; so do shades in a terminal."""
 
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.text import Text
 
-from textgen import pages
+from textgen import logs, pages
 
 VOID = {"meta", "br", "input", "hr", "img"}
 
@@ -79,8 +81,9 @@ def test_a_page_is_whole_and_loads_nothing():
     assert "<title>A &lt;title&gt;</title>" in document
 
 
+@settings(max_examples=40, deadline=None)
 @given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=4), max_size=12),
+    st.lists(st.text("<&>/b;\"' \u00e9\U0001f600", max_size=4), max_size=12),
     st.text("<&'\"> a", max_size=9),
 )
 def test_a_shaded_text_shows_its_pieces_and_nothing_else(pieces, prompt):
@@ -125,3 +128,14 @@ def test_a_figure_takes_the_colours_of_the_page_and_leaves_matplotlib_as_it_was(
     assert "var(--line)" in drawing
     assert not any(color in drawing for color in (*pages.COLORS, pages.INK, pages.GRID))
     assert drawing == pages.figure(plot(pages.COLORS[1]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.text(max_size=3), max_size=8))
+def test_a_terminal_shows_the_same_text(pieces):
+    shown = logs.shade(pieces, [5.0 * i / 7 for i in range(len(pieces))])
+    assert shown.plain == "".join(Text(piece).plain for piece in pieces)
+    assert [span.style for span in logs.shade(["a", "b", "c"], np.array([0.0, 1.0, 99.0])).spans] == [
+        "color(255) on color(236)",
+        "color(255) on color(196)",
+    ]

@@ -14,7 +14,7 @@ import pytest
 from conftest import BACKBONES, TEXT, tiny
 
 import textgen
-from textgen import checkpoints, config, inference, logs, run, train
+from textgen import assess, checkpoints, config, logs, run, train
 from textgen.config import UserError
 
 # Libraries below warn of what is theirs to mend.
@@ -94,7 +94,7 @@ def test_a_loaded_model_generates_streams_and_scores(finished):
     assert a.prompt + a.text == text
     assert b.text == lm.samples("mill", length=20, temperature=0.8, seed=3)[0].text != c.text
     np.testing.assert_allclose(lm.score(a.prompt + a.text)[-20:], a.log_probability, atol=1e-4)
-    stream = inference.evaluate_model(lm)["stream"]
+    stream = assess.evaluate_model(lm)["stream"]
     np.testing.assert_allclose(stream.loss, final["validation_stream/loss"], rtol=1e-6)
     assert lm.config == checkpoints.load_config(workdir)
     assert lm.step == 12
@@ -115,13 +115,13 @@ def test_evaluation_of_a_file(finished, tmp_path):
     workdir, _ = finished
     lm = textgen.load(workdir)
     (tmp_path / "a.txt").write_text("The river went by the mill.")
-    report = inference.evaluate_model(lm, text=str(tmp_path / "a.txt"))["stream"]
+    report = assess.evaluate_model(lm, text=str(tmp_path / "a.txt"))["stream"]
     np.testing.assert_allclose(report.loss, -lm.score("The river went by the mill.").mean(), rtol=1e-5)
-    assert json.loads(inference.reports_as_json({"stream": report}))["stream"]["tokens"] == 26
+    assert json.loads(assess.reports_as_json({"stream": report}))["stream"]["tokens"] == 26
     with pytest.raises(UserError, match="There is no file"):
-        inference.evaluate_model(lm, text=str(tmp_path / "absent"))
+        assess.evaluate_model(lm, text=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has no test split"):
-        inference.evaluate_model(lm, split="test")
+        assess.evaluate_model(lm, split="test")
 
 
 @pytest.mark.parametrize(

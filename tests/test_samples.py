@@ -77,17 +77,55 @@ def test_stop_texts_end_each_sample_on_its_own(lm):
     assert streamed == cut(free[0].text, ["cd"], 0)[0]
 
 
+def assert_made_again(lm, sample):
+    """By its record; another batch may round its figures otherwise."""
+    again = lm.replay(json.loads(json.dumps(sample.record())))
+    np.testing.assert_array_equal(again.tokens, sample.tokens)
+    np.testing.assert_allclose(again.log_probability, sample.log_probability, atol=1e-4)
+    assert (again.text, again.recipe, again.stopped) == (sample.text, sample.recipe, sample.stopped)
+
+
 def test_a_sample_is_made_again_from_its_record(lm):
     sampler = "repetition_penalty(1.2), temperature([0.5, 1, 1.5, 0.33333333, 0.7, 3]), banned('d')"
     options = {"stop": "aa", "min_length": 3, "guidance": 1.5, "second_prompt": "\n", "sampler": sampler}
     made = lm.samples(["ab", "c"], length=30, num_samples=3, seed=5, **options)
     for sample in made:
-        again = lm.replay(json.loads(json.dumps(sample.record())))
-        assert again.record() == sample.record()
+        assert_made_again(lm, sample)
     assert made[4].recipe["sample"] == 1
     assert made[4].recipe["sampler"] == "repetition_penalty(1.2), temperature(0.7), banned([4])"
     (third,) = lm.samples("ab", length=9, seed=5, first_sample=2)
     assert third.text == lm.samples("ab", length=9, seed=5, num_samples=3)[2].text
+
+
+def test_a_decoder_chooses_texts_and_its_record_makes_them_again(lm):
+    options = {"length": 12, "seed": 3, "temperature": 1.3}
+    (greedy,) = lm.samples("ab", length=12, temperature=0.0)
+    assert lm.samples("ab", length=12, decoder="beam(1)")[0].text == greedy.text
+    beams = lm.samples(["ab", "c"], decoder="beam(3, alpha=0.6)", **options)
+    assert [s.prompt for s in beams] == ["ab"] * 3 + ["c"] * 3
+    assert beams[0].score >= beams[1].score >= beams[2].score
+    (best,) = lm.samples("ab", decoder="best_of(4)", **options)
+    drawn = lm.samples("ab", num_samples=4, **options)
+    assert best.text == max(drawn, key=lambda s: s.log_probability.mean()).text
+    for sample in (*beams, best, *lm.samples("ab", decoder="arithmetic(2)", **options)):
+        assert_made_again(lm, sample)
+    ended = lm.samples("ab", decoder="beam(2)", stop="c", **options)
+    for sample in ended:
+        assert "c" not in sample.text
+        assert (sample.stopped == "c") == (lm.tokenizer.decode(sample.tokens[-1:]) == "c")
+
+
+def test_a_draft_proposes_and_changes_no_greedy_text(lm):
+    draft = text_model(lm.tokenizer, **{"model.width": 8})
+    (plain,) = lm.samples("ab", length=20, temperature=0.0)
+    (made,) = lm.samples("ab", length=20, temperature=0.0, draft=draft, gamma=3)
+    np.testing.assert_array_equal(made.tokens, plain.tokens)
+    assert 5 <= made.calls <= 20
+    assert lm.samples("ab", length=20, temperature=0.0, draft=lm, gamma=4)[0].calls == 4  # all are kept
+    ahead = text_model(lm.tokenizer, **{"model.predict_ahead": 2})
+    options = {"length": 20, "num_samples": 3, "stop": "cd", "seed": 1}
+    for sample in ahead.samples("ab", draft="heads", gamma=2, **options):
+        assert_made_again(ahead, sample)
 
 
 def test_what_the_plain_settings_stand_for():
@@ -110,6 +148,13 @@ def test_what_the_plain_settings_stand_for():
         ({"sampler": "temperature(1)", "top_k": 3}, "Give either a sampler or top_k"),
         ({"top_k": 0}, "top_k must be a whole number of 1 or more; to keep all, leave it out, got 0"),
         ({"first_sample": -1}, "first_sample must be 0 or more"),
+        ({"decoder": "beem(3)"}, "Unknown decoder 'beem'. Did you mean 'beam'"),
+        ({"decoder": "beam(3)", "num_samples": 2}, "does not go with num_samples"),
+        ({"decoder": "beam(3)", "stop": ["a", "b"]}, "does not go with several stops"),
+        ({"decoder": "beam(3)", "stop": "ab"}, "ends a text at one token, and 'ab' makes 2"),
+        ({"draft": "heads"}, "This model has no heads for later tokens"),
+        ({"draft": "tails"}, "A draft is 'heads' or a loaded model, got 'tails'"),
+        ({"draft": "heads", "guidance": 2.0, "second_prompt": "a"}, "leave guidance out"),
         ({"num_samples": 0}, "num_samples must be 1 or more"),
     ],
 )

@@ -238,6 +238,18 @@ def test_texts_that_are_too_short_are_refused(tmp_path):
         loaded(path)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pieces_of_a_text_are_its_tokens(kind):
+    text = "Na\u00efve \u6c34, twice: na\u00efve \U0001f600\n"
+    tokenizer = fitted(kind, text)
+    ids = tokenizer.encode(text)
+    assert tokenizers.pieces(tokenizer, []) == []
+    for cut in (ids, ids[:3]):
+        found = tokenizers.pieces(tokenizer, cut)
+        assert len(found) == len(cut)
+        assert "".join(found) == tokenizer.decode(cut)
+
+
 # --- large texts, kept as tokens
 
 

@@ -13,6 +13,7 @@ The house, from the ground up; a module imports only lower layers:
        tokenizers   characters, bytes, words, BPE
        logs         metrics.jsonl, TensorBoard, progress
        pages        self-contained HTML: tables, shaded texts, figures
+       textmetrics  what can be counted in a text
        analysis     where models differ, and what they are worth together
     1  corpora      named texts, or any file or folder
        data         tokens; which of them a step sees
@@ -35,6 +36,7 @@ The house, from the ground up; a module imports only lower layers:
        inference    a trained model in use
        document     one text as HTML and as Markdown
     4  run          wiring
+       study/       which sampler setting? a ladder, measured; and the page that shows it
        ensemble     several runs in one program
        dynamic      a model that learns from the text it is judged on
        results      a comparison's results, and what follows from them

@@ -87,9 +87,12 @@ def build(source: Any, kind: type, prefix: str) -> Any:
     fields = typing.get_type_hints(kind)
     for key in source:
         require(key in fields, f"Unknown config key '{prefix}{key}'.{did_you_mean(str(key), fields)}")
+    known = {field.name for field in dataclasses.fields(kind) if field.default is not dataclasses.MISSING}
     for key in fields:
-        require(key in source, f"The config lacks the key '{prefix}{key}': start from configs/base.py.")
-    return kind(**{key: _convert(source[key], wanted, prefix + key) for key, wanted in fields.items()})
+        # A key with a default is younger than some saved runs, which did what its default says.
+        require(key in source or key in known, f"The config lacks the key '{prefix}{key}': start from configs/base.py.")
+    given = {key: wanted for key, wanted in fields.items() if key in source}
+    return kind(**{key: _convert(source[key], wanted, prefix + key) for key, wanted in given.items()})
 
 
 def from_dict(source: ConfigDict | Mapping) -> Config:

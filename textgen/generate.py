@@ -76,7 +76,8 @@ class Generator:
         """
         Args:
           step: as above.
-          init_carry: (batch_size, max_length) -> carry.
+          init_carry: (batch_size, max_length) -> carry. With more room, a carry is the same with
+            zeros behind.
           max_positions: the longest sequence that the model takes. When the longest row reaches
             it, the last half of every row is read afresh, and generation goes on from there.
             None: the model itself goes on for ever.
@@ -88,12 +89,12 @@ class Generator:
             return jax.tree.map(lambda leaf: jnp.take(leaf, copies, axis=0), (carry, logits))
 
         def decode(params, state, keys, chain, guidance, *, steps):
-            def body(state, _):
+            def body(state, chance):
                 model = mixed = state.logits
                 if guidance is not None:
                     model, other = jnp.split(state.logits, 2)
                     mixed = other + column(guidance) * (model - other)
-                uniform, more = uniforms(keys, state.position)
+                uniform, more = chance
                 drawn, commit = chain.step(mixed, state.memory, Moment(state.made, more))
                 token = draw(drawn, uniform)
                 read = token if guidance is None else jnp.concatenate([token, token])
@@ -101,9 +102,17 @@ class Generator:
                 new = State(carry, logits, commit(token), state.position + 1, state.made + 1)
                 return new, observe(token, model, drawn)
 
-            state, generated = jax.lax.scan(body, state, length=steps)
+            # All random numbers at once: made one by one they would cost as much as a small model.
+            positions = state.position + jnp.arange(steps)[:, None]
+            state, generated = jax.lax.scan(body, state, jax.vmap(uniforms, (None, 0))(keys, positions))
             return state, jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), generated)
 
+        def grow(carry, *, capacity):
+            empty = init_carry(jax.tree.leaves(carry)[0].shape[0], capacity)
+            place = lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim)
+            return jax.tree.map(place, empty, carry)
+
+        self._grow = jax.jit(grow, static_argnames="capacity")
         self._prefill = jax.jit(prefill, static_argnames="capacity")
         self._decode = jax.jit(decode, static_argnames="steps", donate_argnames="state")
 
@@ -147,7 +156,7 @@ class Generator:
         rows, limit = len(keys), self.max_positions
         guidance = None if guidance is None else np.asarray(guidance, np.float32)
         chunk = chunk if limit is None else min(chunk, max(limit // 2, 1))
-        state, used, parts = None, 0, []
+        state, used, room, parts = None, 0, 0, []
         for made in range(0, length, chunk):
             if state is None or (limit is not None and used + chunk > limit):
                 if parts:
@@ -158,14 +167,17 @@ class Generator:
                 if limit is not None and max(map(len, texts)) + chunk > limit:
                     kept = [text[-max(limit // 2, 1) :] for text in texts]
                 used = max(map(len, kept))
-                capacity = bucket(used + (length - made + chunk if limit is None else limit))
-                carry, logits = self._prefill(params, *pad(kept), copies, capacity=capacity)
+                room = bucket(used + chunk)
+                carry, logits = self._prefill(params, *pad(kept), copies, capacity=room)
                 if state is None:
                     state = begin(carry, logits, texts, copies[:rows], chain, bucket(used + length))
                 else:
                     state = state.replace(carry=carry, logits=logits)
-            state, generated = self._decode(params, state, keys, chain, guidance, steps=chunk)
             used += chunk
+            if used > room:  # a step reads all the room that there is, so there is little at first
+                room = bucket(used)
+                state = state.replace(carry=self._grow(state.carry, capacity=room))
+            state, generated = self._decode(params, state, keys, chain, guidance, steps=chunk)
             if limit is not None:
                 parts.append(np.asarray(generated.tokens, np.int32))
             yield jax.tree.map(lambda leaf, left=length - made: np.asarray(leaf)[:, :left], generated)

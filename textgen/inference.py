@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from textgen import checkpoints as checkpoints_lib
-from textgen import corpora, data, evaluate, models, sampling, tokenizers
+from textgen import data, decoders, evaluate, models, sampling, tokenizers
 from textgen.config import Config, UserError, require
+from textgen.decoding import Decoding
 from textgen.generate import Generated, Generator, row_keys
 from textgen.samples import Ending, Sample, check_stops, make_chain
+from textgen.speculative import Speculated, Speculator, speculator
 
 
 class TextModel:
@@ -25,15 +27,27 @@ class TextModel:
       params: its parameters.
       tokenizer, config: as in training.
       step: the optimizer step that the parameters come from.
+      source: the run's folder, or None.
     """
 
-    def __init__(self, model: models.Model, params: Any, tokenizer: tokenizers.Tokenizer, config: Config, step: int):
+    def __init__(
+        self,
+        model: models.Model,
+        params: Any,
+        tokenizer: tokenizers.Tokenizer,
+        config: Config,
+        step: int,
+        source: str | None = None,
+    ):
+        self.source = source
         self.model, self.params, self.tokenizer, self.config, self.step = model, params, tokenizer, config, step
 
         def next_token(params: Any, tokens: Any, carry: Any, lengths: Any) -> Any:
             return model.apply({"params": params}, tokens, carry, lengths, method="next_token")
 
-        self._generator = Generator(next_token, model.init_carry, model.max_positions)
+        parts = (next_token, model.init_carry, model.max_positions)
+        self._generator, self._decoding = Generator(*parts), Decoding(*parts)
+        self._speculators: dict[Any, Speculator] = {}
         self._evaluators: dict[Any, evaluate.Evaluator] = {}
 
     def generate(self, prompt: str, **options: Any) -> str:
@@ -56,6 +70,9 @@ class TextModel:
         seed: int = 0,
         guidance: float | None = None,
         second_prompt: str | None = None,
+        decoder: str | None = None,
+        draft: "TextModel | str | None" = None,
+        gamma: int = 4,
         sampler: sampling.Chain | str | None = None,
         **plain: Any,
     ) -> list[Sample]:
@@ -70,6 +87,10 @@ class TextModel:
           first_sample: the number of the first sample.
           guidance: how far to lean from what follows `second_prompt` to what follows the prompt
             (Sanchez et al. 2023): 1 is the prompt alone, above 1 further.
+          decoder: chooses whole texts instead of sampling: "beam(8, alpha=0.6)", "stochastic_beam(8)",
+            "arithmetic(8)", "best_of(8)"; a stop text is then one token.
+          draft: a smaller model or n-gram with the same tokenizer, or "heads": proposes `gamma` tokens
+            for each call of this one. The distribution stays this model's, exactly.
           sampler: a chain, or its text; instead of the plain settings.
           **plain: repetition_penalty, temperature, top_k, top_p, min_p, typical, applied in this
             order; without any, temperature 1. A sequence gives each row its own.
@@ -80,30 +101,88 @@ class TextModel:
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         chain = self.chain(sampler, **plain)
         stops = check_stops(stop, min_length, length, self.tokenizer)
-        numbers = range(first_sample, first_sample + num_samples)
+        recipe = {"step": self.step, "seed": seed, "length": length, "min_length": min_length, "stop": list(stops)}
+        recipe |= {"guidance": guidance, "second_prompt": second_prompt}
+        if decoder is not None:
+            alone = {"num_samples": num_samples != 1, "first_sample": first_sample != 0, "min_length": min_length}
+            alone |= {"guidance": guidance is not None, "draft": draft is not None, "several stops": len(stops) > 1}
+            wrong = [name for name, given in alone.items() if given]
+            require(not wrong, f"A decoder chooses whole texts, and does not go with {', '.join(wrong)}.")
+            return self._decoded(texts, chain, decoder, stops, recipe)
+        numbers, calls = range(first_sample, first_sample + num_samples), None
+        if draft is None:
+            parts = self._parts(texts, numbers, seed, chain, guidance, second_prompt, length=length)
+        else:
+            require(guidance is None, "A draft speculates on one prompt: leave guidance out.")
+            speculated = self._speculated(texts, numbers, seed, chain, draft, gamma, length)
+            parts, calls = [speculated.generated], speculated.calls
+            recipe |= {"draft": draft if isinstance(draft, str) else draft.source, "gamma": gamma}
         endings = [Ending(self.tokenizer, stops, min_length) for _ in range(len(texts) * num_samples)]
-        parts = []
-        for part in self._parts(texts, numbers, seed, chain, guidance, second_prompt, length=length):
-            parts.append(part)
+        made = []
+        for part in parts:
+            made.append(part)
             if stops:
                 for ending, tokens in zip(endings, part.tokens, strict=True):
                     ending.add(tokens)
                 if all(ending.stopped is not None for ending in endings):
                     break
-        made = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *parts)
-        recipe = {"step": self.step, "seed": seed, "length": length, "min_length": min_length, "stop": list(stops)}
-        recipe |= {"guidance": guidance, "second_prompt": second_prompt}
+        made = jax.tree.map(lambda *leaves: np.concatenate(leaves, axis=1), *made)
         samples = []
         for i, ending in enumerate(endings):
             if stops:
                 ending.finish()
             row = jax.tree.map(lambda leaf, i=i, n=ending.count if stops else length: leaf[i, :n], made)
             text = ending.text if stops else self.tokenizer.decode(row.tokens)
-            own = {"sampler": str(chain.row(i)), "sample": numbers[i % num_samples]}
-            samples.append(
-                Sample(texts[i // num_samples], text, **vars(row), recipe=own | recipe, stopped=ending.stopped)
-            )
+            own = recipe | {"sampler": str(chain.row(i)), "sample": numbers[i % num_samples]}
+            prompt = texts[i // num_samples]
+            told = {"stopped": ending.stopped, "calls": None if calls is None else int(calls[i])}
+            samples.append(Sample(prompt, text, **vars(row), recipe=own, **told))
         return samples
+
+    def _decoded(
+        self, texts: list[str], chain: sampling.Chain, decoder: str, stops: Sequence[str], recipe: dict[str, Any]
+    ) -> list[Sample]:
+        """The texts that a decoder chooses, prompt by prompt, the best first."""
+        chosen = decoders.parse(decoder)
+        end = self.tokenizer.encode(stops[0]) if stops else []
+        require(len(end) <= 1, f"A decoder ends a text at one token, and '{(*stops, '')[0]}' makes {len(end)}.")
+        keys = self._keys(recipe["seed"], len(texts), None)
+        prompts = [self.encode_prompt(t) for t in texts]
+        end = int(end[0]) if len(end) else None
+        made = self._decoding(self.params, prompts, keys, chain, chosen, length=recipe["length"], end=end)
+        samples = []
+        for i in np.flatnonzero(np.isfinite(made.score)):
+            row = jax.tree.map(lambda leaf, i=i: leaf[i, : made.lengths[i]], made.seen)
+            stopped = stops[0] if end is not None and row.tokens[-1] == end else None
+            text = self.tokenizer.decode(row.tokens[:-1] if stopped else row.tokens)
+            prompt, number = divmod(int(i), chosen.results)
+            own = recipe | {"sampler": str(chain.row(prompt)), "decoder": decoder, "sample": number}
+            weight = None if made.log_weight is None else float(made.log_weight[i])
+            told = {"score": float(made.score[i]), "log_weight": weight}
+            samples.append(Sample(texts[prompt], text, **vars(row), recipe=own, stopped=stopped, **told))
+        return samples
+
+    def _speculated(
+        self, texts: list[str], numbers: range, seed: int, chain: sampling.Chain, draft: Any, gamma: int, length: int
+    ) -> Speculated:
+        """Samples made several tokens at a time."""
+        if isinstance(draft, str):
+            heads = self.config.model.predict_ahead
+            require(draft == "heads", f"A draft is 'heads' or a loaded model, got '{draft}'.")
+            require(heads > 0, "This model has no heads for later tokens: train with --config.model.predict_ahead=3.")
+            require(gamma <= heads, f"gamma={gamma} tokens are to be proposed by {heads} heads: lower gamma.")
+            params, model = self.params, None
+        else:
+            same = draft.tokenizer.state() == self.tokenizer.state()
+            require(same, "The draft has another tokenizer: it must share the vocabulary of the model.")
+            params, model = draft.params, draft.model
+        require(not isinstance(self.model, models.NGram), "An n-gram is the draft of others: it needs none.")
+        prompts = [self.encode_prompt(t) for t in texts]
+        keys = self._keys(seed, len(texts), numbers)
+        if (id(model), gamma) not in self._speculators:
+            self._speculators[id(model), gamma] = speculator(self.model, model, gamma=gamma)
+        speculate = self._speculators[id(model), gamma]
+        return speculate(self.params, params, prompts, keys, chain, length=length, num_samples=len(numbers))
 
     def _parts(
         self,
@@ -142,6 +221,10 @@ class TextModel:
         options = dict(record["recipe"])
         step, sample = options.pop("step"), options.pop("sample")
         require(step == self.step, f"The sample was made at step {step}, and these parameters are of step {self.step}.")
+        if "decoder" in options:
+            return self.samples(record["prompt"], **options)[sample]
+        if options.get("draft") not in (None, "heads"):
+            options["draft"] = load(options["draft"])
         (made,) = self.samples(record["prompt"], first_sample=sample, **options)
         return made
 
@@ -222,9 +305,11 @@ class TextModel:
         return self.tokenizer.encode(prompt)
 
     @staticmethod
-    def _keys(seed: int, prompts: int, numbers: range) -> Any:
+    def _keys(seed: int, prompts: int, numbers: range | None) -> Any:
         """Every prompt gets the same keys, so that its samples do not depend on its neighbours."""
         require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}.")
+        if numbers is None:
+            return jnp.tile(jax.random.key(seed)[None], prompts)
         require(len(numbers) >= 1, f"num_samples must be 1 or more, got {len(numbers)}.")
         require(numbers.start >= 0, f"first_sample must be 0 or more, got {numbers.start}.")
         return jnp.tile(row_keys(seed, numbers.stop)[numbers.start :], prompts)
@@ -257,7 +342,7 @@ def load(workdir: str | Path, *, checkpoint: str | int = "latest") -> TextModel:
             abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), abstract)
-        return TextModel(model, checkpoints.restore_params(step, abstract), tokenizer, config, step)
+        return TextModel(model, checkpoints.restore_params(step, abstract), tokenizer, config, step, str(workdir))
     finally:
         checkpoints.close()
 
@@ -294,52 +379,3 @@ def replay_file(path: str | Path, *, workdir: str | Path | None = None) -> None:
         "probability across a draw.",
     )
     print(f"{len(lines)} made again, the same token by token.")
-
-
-Reports = dict[str, evaluate.Report]  # by how the text was read: "windows", "stream"
-
-
-def evaluate_split(lm: TextModel, split: data.Split, how: str) -> evaluate.Report:
-    """The loss on a split: every token predicted once, in "windows" or as one "stream"."""
-    tokens = split.tokens[: lm.config.eval.max_tokens]
-    nats = lm.nats(tokens, stream=how == "stream")
-    return evaluate.report(nats, split, lm.config.eval_window if how == "windows" else None)
-
-
-def evaluate_both(lm: TextModel, split: data.Split) -> Reports:
-    """The loss in windows and as a stream; learned positions cannot stream, and give windows alone."""
-    hows = ("windows", "stream") if lm.model.max_positions is None else ("windows",)
-    return {how: evaluate_split(lm, split, how) for how in hows}
-
-
-def evaluate_model(lm: TextModel, *, split: str = "validation", text: str | None = None) -> Reports:
-    """The loss on a part of the model's corpus, or on a file.
-
-    Raises:
-      UserError: no such split or file, or text that the tokenizer cannot encode.
-    """
-    if text is not None:
-        require(Path(text).is_file(), f"There is no file '{text}'.")
-        return evaluate_both(lm, data.encode(corpora.read_file(Path(text)), lm.tokenizer))
-    part = getattr(data.load(lm.config, lm.tokenizer), split)
-    require(part is not None, f"The run has no {split} split: corpus.{split}_fraction was 0.")
-    return evaluate_both(lm, part)
-
-
-def reports_as_text(reports: Reports, name: str = "") -> str:
-    """Reports for people."""
-    lines = []
-    for how, r in reports.items():
-        lines.append(
-            f"{name + ' ' if name else ''}loss in {how:8s} {r.loss:.4f} nats per token "
-            f"(standard error {r.standard_error:.4f}), "
-            f"{r.bits_per_character:.4f} bits per character, {r.bits_per_byte:.4f} per byte; {r.tokens:,} tokens"
-        )
-        if r.by_position:
-            lines.append("  by position: " + ", ".join(f"{k}: {v:.3f}" for k, v in r.by_position.items()))
-    return "\n".join(lines)
-
-
-def reports_as_json(reports: Reports) -> str:
-    """Reports for machines."""
-    return json.dumps({how: {**vars(r), **r.metrics("")} for how, r in reports.items()}, indent=1)

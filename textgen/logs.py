@@ -3,13 +3,14 @@
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from tensorboardX import SummaryWriter
 from tensorboardX import summary as tbx_summary
 
@@ -110,6 +111,25 @@ def _forget_after(workdir: Path, step: int) -> None:
 def _keep(event: Any, step: int) -> bool:
     hparams = any(value.tag.startswith("_hparams_/") for value in event.summary.value)
     return event.step <= step and not hparams
+
+
+_SHADES = (236, 238, 52, 88, 124, 160, 196)  # of a terminal's 256 colours, from grey to red
+
+
+def shade(pieces: Sequence[str], surprises: Iterable[Any], *, top: float | int = 5) -> Text:
+    """A text for a terminal, each token on a ground that is the redder the more it surprises.
+
+    >>> console.print(logs.shade(tokenizers.pieces(lm.tokenizer, sample.tokens), -sample.log_probability))
+
+    Args:
+      pieces: the tokens' texts.
+      surprises: nats, one for each; 0 is not shaded, `top` and beyond is red.
+    """
+    text = Text()
+    for piece, surprise in zip(pieces, surprises, strict=True):
+        level = round(len(_SHADES) * min(max(float(surprise) / top, 0), 1))
+        text.append(piece, f"color(255) on color({_SHADES[level - 1]})" if level else "")
+    return text
 
 
 class Display:

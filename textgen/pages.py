@@ -40,6 +40,7 @@ code, .shaded {{ font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu 
 table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; font-size: .92rem; }}
 caption {{ text-align: left; padding-bottom: .4rem; }}
 th, td {{ padding: .3rem .8rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top; }}
+td {{ white-space: nowrap; }}
 th {{ font-weight: 600; color: var(--soft); }} .number {{ text-align: right; }} .wide {{ overflow-x: auto; }}
 tr.marked td {{ background: color-mix(in srgb, var(--cool) 11%, transparent); font-weight: 600; }}
 .shaded {{ white-space: pre-wrap; overflow-wrap: anywhere; font-size: .84rem; line-height: 1.6; margin: .5rem 0; }}

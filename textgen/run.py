@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from textgen import assess, data, inference, logs, models, parallel, train
 from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
-from textgen import data, inference, logs, models, parallel, train
 from textgen.config import Config, UserError, require
 from textgen.models import ngram
 
@@ -116,7 +116,7 @@ class Session:
 
         def evaluate_now(step: int, state: train.State) -> None:
             model = self.model.with_params(state.eval_params, step)
-            report = inference.evaluate_split(model, self.dataset.validation, "windows")
+            report = assess.evaluate_split(model, self.dataset.validation, "windows")
             evaluated[step] = report.loss
             writer.scalars(step, {**report.metrics(), **_norms(state.params)})
             if config.log.histograms:
@@ -195,13 +195,13 @@ class Session:
         """The last evaluation, in windows and as a stream, and samples; printed, logged and returned."""
         config, model = self.config, self.model.with_params(params, step)
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
-        reports = {name: inference.evaluate_both(model, split) for name, split in splits.items() if split is not None}
+        reports = {name: assess.evaluate_both(model, split) for name, split in splits.items() if split is not None}
         final = {}
         for name, both in reports.items():
             for how, report in both.items():
                 # The validation loss in windows is the one that the curve shows.
                 final |= report.metrics("eval/" if (name, how) == ("validation", "windows") else f"{name}_{how}/")
-            logs.console.print(inference.reports_as_text(both, name))
+            logs.console.print(assess.reports_as_text(both, name))
         show = logs.console.print
         writer.scalars(step, {k: v for k, v in final.items() if not k.startswith("eval/")})
         for temperature, sample in zip(config.sample.temperatures, self._ladder(model), strict=True):

@@ -24,6 +24,8 @@ class Sample:
       rank, kept: [N] tokens likelier than this one; tokens that the sampler left possible.
       recipe: all settings that made it, for `TextModel.replay`.
       stopped: the stop text that ended it; None: its length did.
+      score, log_weight: what a decoder gave it, as in decoding.Decoded; None: it was sampled.
+      calls: of the model, where a draft proposed tokens.
     """
 
     prompt: str
@@ -37,6 +39,9 @@ class Sample:
     kept: Integer[np.ndarray, "N"]
     recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
     stopped: str | None = None
+    score: float | None = None
+    log_weight: float | None = None
+    calls: int | None = None
 
     def summary(self) -> str:
         """The text's mean surprise and entropy under the model, for people."""

@@ -103,13 +103,13 @@ class ModelConfig:
     dropout: float
     norm: Literal["rmsnorm", "layernorm"]
     tie_embedding: bool
-    predict_ahead: int
+    predict_ahead: int = 0
     context: int | None
     compute_dtype: Literal["float32", "bfloat16"]
     remat: bool
     transformer: TransformerConfig
-    ngram: NGramConfig
-    mingru: MinGRUConfig
+    ngram: NGramConfig = NGramConfig(order=7, discount=None)
+    mingru: MinGRUConfig = MinGRUConfig(feed_forward_width=512, activation="gelu")
 
     def __post_init__(self):
         _positive(self, "model", "width", "layers", "context")
@@ -164,7 +164,7 @@ class TrainConfig:
     steps: int
     steps_per_dispatch: int
     accumulation: int
-    loss_chunk: int | None
+    loss_chunk: int | None = None
     ema_decay: float | None
     max_skipped_steps: int
 

@@ -192,3 +192,10 @@ class StreamDecoder:
         if last and self._pending:
             text, self._pending = text + self._tokenizer.decode(self._pending), []
         return text
+
+
+def pieces(tokenizer: Tokenizer, ids: Iterable[SupportsIndex]) -> list[str]:
+    """The text that each token completes: "" for all but the last token of a character of several."""
+    decoder = StreamDecoder(tokenizer)
+    found = [decoder([i]) for i in ids]
+    return [*found[:-1], found[-1] + decoder([], last=True)] if found else []

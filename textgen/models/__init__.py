@@ -3,7 +3,8 @@
 A backbone is a Linen module that turns a sequence into a sequence and carries its past:
 
     from_config(config, context) -> backbone
-    init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf
+    init_carry(batch_size, max_length) -> carry         the batch is the first axis of every leaf; with
+                                                        more room, zeros stand behind what there was
     backbone(x [B, T, D], carry | None, lengths [B] | None, train=...) -> (y [B, T, D], carry | None)
     max_positions -> int | None                         the longest sequence, if there is one
     flops_per_token(length) -> float                    of a forward pass, in a window of so many tokens

@@ -4,7 +4,8 @@ Rotary positions: Su et al. 2021. Grouped-query attention: Ainslie et al. 2023. 
 2020. Squared ReLU: So et al. 2021. Normalised queries and keys: Henry et al. 2020.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +23,9 @@ from textgen.models.layers import Dropout, Linear, Norm, feed_forward, residual_
 class Carry:
     """The past of each row: a ring of the last S keys and values of every layer.
 
-    All rows write the same slot, so a step is one slice update and no scatter. A ragged call
-    shifts each row to end at the same slot; from then on the rows agree.
+    All rows write the same slot, so a step is one slice update and no scatter. A longer call lays
+    the ring out anew, so that every row ends where the longest does; from then on the rows agree.
+    Until the ring is full, what is free lies behind.
 
     Attributes:
       memory: for each layer (keys [B, G, S, K], values [B, G, S, K]).
@@ -111,11 +113,10 @@ class Transformer(nn.Module):
             memory.append(kept)
         if carry is None:
             return x, None
-        # One token goes to the next slot; a longer call lays the ring out anew from slot 0.
+        position = carry.position + (steps if lengths is None else lengths)
         one = steps == 1 and lengths is None
-        taken = jnp.full_like(carry.position, steps) if lengths is None else lengths
-        written = carry.written + 1 if one else jnp.zeros_like(carry.written)
-        return x, Carry(tuple(memory), carry.position + taken, written)
+        written = carry.written + 1 if one else jnp.broadcast_to(jnp.max(position), position.shape)
+        return x, Carry(tuple(memory), position, written)
 
 
 class Block(nn.Module):
@@ -174,8 +175,8 @@ def rotate(
 def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, context: int) -> tuple[Any, Any]:
     """Attention of T new tokens to themselves and to the past, and the past with them added.
 
-    Without a past this is plain causal attention. With one, a single token is written first and
-    reads the ring; a longer call reads the old ring beside its own keys.
+    Without a past this is plain causal attention. With one, the tokens read the ring as it was
+    and their own keys beside it.
 
     Args:
       q: [B, H, T, K]; k, v: [B, G, T, K]; positions: [B or 1, T].
@@ -183,39 +184,52 @@ def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, c
       lengths: [B] or None.
     """
     if past is None:
-        return attend(q, k, v, positions, positions, context), None
+        return attend(q, [(k, v, positions)], positions, context), None
     (keys, values), position, written = past
     steps, slots = k.shape[2], keys.shape[2]
     ring = jnp.arange(slots)
-    if steps == 1 and lengths is None:
-        slot = written[0] % slots
-        keys = jax.lax.dynamic_update_slice_in_dim(keys, k, slot, axis=2)
-        values = jax.lax.dynamic_update_slice_in_dim(values, v, slot, axis=2)
-        age = (slot - ring) % slots  # 0: the token itself
-        return attend(q, keys, values, positions, positions - age, context), (keys, values)
     age = (written[0] - 1 - ring) % slots  # 0: the last token before these
-    k_positions = jnp.concatenate([(position[:, None] - 1) - age, positions], axis=1)  # [B, S + T]
-    all_keys, all_values = jnp.concatenate([keys, k], axis=2), jnp.concatenate([values, v], axis=2)
-    y = attend(q, all_keys, all_values, positions, k_positions, context)
-    # The last S tokens of each row, oldest first: slot s of the new ring.
+    old = (keys, values, position[:, None] - 1 - age)
+    if steps == 1 and lengths is None:
+        y = attend(q, [old, (k, v, positions)], positions, min(context, slots))
+        # Where to write depends on y, if only in appearance: XLA then knows that the ring has been
+        # read, and writes in place. Otherwise it copies the whole ring for a batch of one.
+        slot = (written[0] + (0 * y[0, 0, 0, 0]).astype(written.dtype)) % slots
+        write = lambda ring, new: jax.lax.dynamic_update_slice_in_dim(ring, new, slot, axis=2)
+        return y, (write(keys, k), write(values, v))
     taken = jnp.full_like(position, steps) if lengths is None else lengths
-    order = taken[:, None] + ring  # [B, S], into old tokens oldest first, then new ones
+    y = attend(q, [old, (k, v, positions)], positions, context)
+    # The last S tokens of each row in the slots that a step by step would have given the longest row's.
+    age = (jnp.max(position + taken) - 1 - ring) % slots  # 0: the last of these tokens
+    order = slots + taken[:, None] - 1 - age  # [B, S], into old tokens oldest first, then new ones
     order = jnp.where(order < slots, (written[0] + order) % slots, order)[:, None, :, None]
-    return y, tuple(jnp.take_along_axis(a, order, axis=2) for a in (all_keys, all_values))
+    join = lambda ring, new: jnp.take_along_axis(jnp.concatenate([ring, new], axis=2), order, axis=2)
+    return y, (join(keys, k), join(values, v))
 
 
-def attend(q: Any, k: Any, v: Any, q_positions: Any, k_positions: Any, context: int) -> Float[Array, "B H T K"]:
-    """Softmax attention: token at p sees what stands at p - context + 1 ... p; positions below 0 are empty."""
+def attend(q: Any, parts: Sequence[tuple[Any, Any, Any]], q_positions: Any, context: int) -> Float[Array, "B H T K"]:
+    """Softmax attention: token at p sees what stands at p - context + 1 ... p; positions below 0 are empty.
+
+    Args:
+      q: [B, H, T, K].
+      parts: what is read, each (keys [B, G, S, K], values [B, G, S, K], positions [B or 1, S]).
+      q_positions: [B or 1, T].
+    """
     rows, heads, steps, key_width = q.shape
-    groups, length = k.shape[1:3]
+    groups = parts[0][0].shape[1]
     q = q.reshape(rows, groups, -1, key_width)  # the heads of a group share its keys
-    scores = jnp.einsum("bgmk,bgsk->bgms", q, k, preferred_element_type=jnp.float32) * key_width**-0.5
-    distance = q_positions[:, :, None] - k_positions[:, None, :]  # [B or 1, T, S]
-    seen = (distance >= 0) & (distance < context) & (k_positions >= 0)[:, None, :]
-    scores = scores.reshape(rows, groups, heads // groups, steps, length)
-    scores = jnp.where(seen[:, None, None], scores, -1e30)
+    scores = []
+    for k, _, k_positions in parts:
+        score = jnp.einsum("bgmk,bgsk->bgms", q, k, preferred_element_type=jnp.float32) * key_width**-0.5
+        distance = q_positions[:, :, None] - k_positions[:, None, :]  # [B or 1, T, S]
+        seen = (distance >= 0) & (distance < context) & (k_positions >= 0)[:, None, :]
+        score = score.reshape(rows, groups, heads // groups, steps, -1)
+        scores.append(jnp.where(seen[:, None, None], score, -1e30))
     # Softmax by hand, normalised after the product: two passes less over the largest array.
-    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True)))
-    total = jnp.sum(weights, -1).reshape(rows, groups, -1, 1)
-    y = jnp.einsum("bgms,bgsk->bgmk", weights.astype(v.dtype).reshape(rows, groups, -1, length), v)
-    return (y / total.astype(v.dtype)).reshape(rows, heads, steps, key_width)
+    largest = functools.reduce(jnp.maximum, [jnp.max(score, -1, keepdims=True) for score in scores])
+    y = total = 0
+    for score, (_, v, _) in zip(scores, parts, strict=True):
+        weights = jnp.exp(score - jax.lax.stop_gradient(largest)).reshape(rows, groups, -1, score.shape[-1])
+        total += jnp.sum(weights, -1, keepdims=True)
+        y += jnp.einsum("bgms,bgsk->bgmk", weights.astype(v.dtype), v)
+    return (y / total.astype(y.dtype)).reshape(rows, heads, steps, key_width)

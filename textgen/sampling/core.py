@@ -184,7 +184,7 @@ def draw(logits: Logits, uniform: Float[Array, "B"]) -> Integer[Array, "B"]:
     below = mass <= (uniform[:, None] * mass[:, -1:])
     token = jnp.sum(below, -1)
     # Rounding can carry the product up to the whole mass: then it is the last possible token.
-    last = logits.shape[-1] - 1 - jnp.argmax(jnp.flip(p > 0, -1), -1)
+    last = jnp.max(jnp.where(p > 0, jnp.arange(logits.shape[-1]), 0), -1)
     return jnp.minimum(token, last).astype(jnp.int32)
 
 

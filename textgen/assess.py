@@ -1,0 +1,56 @@
+"""How well a trained model predicts a text: its reports, for people and for machines."""
+
+import json
+from pathlib import Path
+
+from textgen import corpora, data, evaluate
+from textgen.config import require
+from textgen.inference import TextModel
+
+Reports = dict[str, evaluate.Report]  # by how the text was read: "windows", "stream"
+
+
+def evaluate_split(lm: TextModel, split: data.Split, how: str) -> evaluate.Report:
+    """The loss on a split: every token predicted once, in "windows" or as one "stream"."""
+    tokens = split.tokens[: lm.config.eval.max_tokens]
+    nats = lm.nats(tokens, stream=how == "stream")
+    return evaluate.report(nats, split, lm.config.eval_window if how == "windows" else None)
+
+
+def evaluate_both(lm: TextModel, split: data.Split) -> Reports:
+    """The loss in windows and as a stream; learned positions cannot stream, and give windows alone."""
+    hows = ("windows", "stream") if lm.model.max_positions is None else ("windows",)
+    return {how: evaluate_split(lm, split, how) for how in hows}
+
+
+def evaluate_model(lm: TextModel, *, split: str = "validation", text: str | None = None) -> Reports:
+    """The loss on a part of the model's corpus, or on a file.
+
+    Raises:
+      UserError: no such split or file, or text that the tokenizer cannot encode.
+    """
+    if text is not None:
+        require(Path(text).is_file(), f"There is no file '{text}'.")
+        return evaluate_both(lm, data.encode(corpora.read_file(Path(text)), lm.tokenizer))
+    part = getattr(data.load(lm.config, lm.tokenizer), split)
+    require(part is not None, f"The run has no {split} split: corpus.{split}_fraction was 0.")
+    return evaluate_both(lm, part)
+
+
+def reports_as_text(reports: Reports, name: str = "") -> str:
+    """Reports for people."""
+    lines = []
+    for how, r in reports.items():
+        lines.append(
+            f"{name + ' ' if name else ''}loss in {how:8s} {r.loss:.4f} nats per token "
+            f"(standard error {r.standard_error:.4f}), "
+            f"{r.bits_per_character:.4f} bits per character, {r.bits_per_byte:.4f} per byte; {r.tokens:,} tokens"
+        )
+        if r.by_position:
+            lines.append("  by position: " + ", ".join(f"{k}: {v:.3f}" for k, v in r.by_position.items()))
+    return "\n".join(lines)
+
+
+def reports_as_json(reports: Reports) -> str:
+    """Reports for machines."""
+    return json.dumps({how: {**vars(r), **r.metrics("")} for how, r in reports.items()}, indent=1)
