@@ -47,7 +47,9 @@ class Ensemble:
         self._steps = jax.jit(steps, donate_argnums=0)
 
     def _init(self) -> train.State:
-        return jax.vmap(self.trainer._init)(jnp.array([seed for seed, _ in self.members], jnp.uint32))
+        # One after another: XLA's CPU backend can hang in the batched QR decompositions that vmap makes
+        # of the LSTM's orthogonal initialisation (jax 0.10.2, two cores).
+        return jax.lax.map(self.trainer._init, jnp.array([seed for seed, _ in self.members], jnp.uint32))
 
     def init(self) -> train.State:
         """The state of all members at step 0, each leaf [S, ...]."""
