@@ -14,7 +14,7 @@ TASKS = {
     "markov": (32, 800),
     "parity": (32, 600),
     "copy": (32, 800),
-    "associative_recall": (32, 3000),
+    "associative_recall": (32, 1500),
     "modular_counting": (32, 600),
     "permutations": (32, 1500),
     "selective_copy": (32, 800),

@@ -122,8 +122,7 @@ def _associative_recall(u: np.ndarray) -> Drawn:
     """T/8 to T/4 pairs of a key and its value, then keys at random, each with its value, which is scored.
 
     Multi-query associative recall (Arora et al. 2023). In half of the rows each key is first asked
-    for once in the order shown: on these a model learns to look up at all, as in copying, which
-    it otherwise begins to do only after many thousands of steps.
+    for once in the order shown, which is easier.
     """
     rows, size, _ = u.shape
     most = (size - 1) // 4
@@ -204,7 +203,7 @@ TYPES, DEPTH = 3, 4  # kinds of bracket, and how deep they nest
 
 
 def _counting(u: np.ndarray) -> Drawn:
-    """Strings a^n b^n $ one after the other, n even in 1 ... T/4; what is determined is scored: all from b on."""
+    """Strings a^n b^n $ one after the other, n uniform in 1 ... T/4; what is determined is scored: all from b on."""
     most = max((u.shape[1] - 1) // 4, 1)
     n = 1 + _pick(u[:, 0, 0], most)
     place = np.zeros_like(n)  # within the string
@@ -219,7 +218,7 @@ def _counting(u: np.ndarray) -> Drawn:
 
 
 def _dyck(u: np.ndarray) -> Drawn:
-    """Balanced brackets: open one of TYPES, or close the last, evenly; at depth 0 open, at DEPTH close."""
+    """Balanced brackets: open one of TYPES, or close the last, with equal chance; at depth 0 open, at DEPTH close."""
     rows, size, _ = u.shape
     stack, depth = np.zeros((rows, DEPTH), np.int64), np.zeros(rows, np.int64)
     tokens, best = np.zeros((rows, size), np.int64), np.zeros((rows, size))
@@ -269,7 +268,7 @@ def _entropy(p: np.ndarray) -> np.ndarray:
 
 
 def _in_context(u: np.ndarray) -> Drawn:
-    """A Markov chain whose matrix is each row's own, its rows even over the simplex, Dirichlet(1, ..., 1).
+    """A Markov chain whose matrix is each row's own, its rows uniform over the simplex, Dirichlet(1, ..., 1).
 
     The best predictor is Laplace's: (n_ij + 1) / (n_i + CHAIN), with the counts so far.
     """
