@@ -50,7 +50,7 @@ def launch(main: Callable[[], Any]) -> None:
         except UserError as error:
             _refuse(error)
         except Interrupted as stop:
-            print(f"Stopped after step {stop.step}; everything so far is saved. To go on, run the same command again:")
+            print(f"{str(stop).capitalize()}; everything so far is saved. To go on, run the same command again:")
             print("  " + command())
             sys.exit(130)
         except KeyboardInterrupt:

@@ -232,7 +232,7 @@ class Probes:
         with train.stop_on_signals() as stopping, logs.Overview(float(max(total, 1)), 0.0) as display:
             for cell in todo:
                 if stopping():  # asked for while a cell was evaluated
-                    raise train.Interrupted(0)
+                    raise train.Interrupted
                 last = 0
 
                 def on_step(step: int, loss: float, cell: Cell = cell) -> None:

@@ -217,10 +217,10 @@ class Trainer:
 
 
 class Interrupted(Exception):
-    """Training was asked to stop, and everything up to `step` is kept."""
+    """Training was asked to stop, and everything up to `step` is kept; None: between two runs of several."""
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}")
+    def __init__(self, step: int | None = None):
+        super().__init__("stopped" if step is None else f"stopped after step {step}")
         self.step = step
 
 

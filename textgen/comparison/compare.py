@@ -157,7 +157,7 @@ class Session:
                 self.failures |= dict.fromkeys(names, text)
                 self.display.print(f"failed: {', '.join(names)}: {text}")
             if self.stopping():
-                raise train.Interrupted(group[0].config.train.steps)
+                raise train.Interrupted
 
     def _job(self, runs: list[Run], name: str, tokens: np.ndarray, held_out: np.ndarray) -> Job:
         return Job(
