@@ -46,11 +46,13 @@ def losses(
             baselines.values(),
         )
         low, high = axes.get_xlim()
-        for name, loss in baselines.items():
+        for i, (name, loss) in enumerate(sorted(baselines.items(), key=lambda item: item[1])):
             if low <= loss <= high:
                 axes.axvline(loss, color=pages.INK, lw=1, ls=(0, (4, 3)), alpha=0.6)
+                # Names stand at two heights, so that neighbours do not cover each other.
+                place = (3, -3 - 12 * (i % 2))
                 axes.annotate(
-                    name, (loss, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points", va="top"
+                    name, (loss, 1), place, xycoords=("data", "axes fraction"), textcoords="offset points", va="top"
                 )
         axes.set_yticks(range(len(arms)), list(arms))
         axes.set_ylim(len(arms) - 0.4, -0.9)
@@ -137,6 +139,9 @@ def tuning(
                 drawstyle="default",
             )
         left.set_xscale("log")
+        rates = sorted({rate for losses in arms.values() for rate in losses})
+        left.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        left.minorticks_off()
         left.set_ylim(top=top + 0.03)
         left.set_title("every trial, and the mean at each rate")
         left.set_xlabel("learning rate")

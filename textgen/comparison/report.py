@@ -2,6 +2,7 @@
 
 import html
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -256,12 +257,23 @@ def _tuning(document: Document, results: Results) -> None:
         rows,
         caption="Loss on that slice, nats per token; mean over the seeds of the trial.",
     )
+    at_edge = [name for name, some in trials.items() if len(some) > 2 and _best_rate(some) in (min(some), max(some))]
+    if at_edge:
+        document.text(
+            f"The best rate of {', '.join(at_edge)} is the least or the largest that was tried: beyond it may lie a "
+            "better one. A wider grid would say (compare.learning_rates).",
+        )
     document.text(
         "Sensitivity: how much the loss suffers, on average over these rates, for not taking the best one "
         "(Wortsman et al. 2023). One trial, best of k: the least loss to expect from so many of these trials in "
         "random order (Tang et al. 2020). An arm that is better only after many trials is better tuned, not better.",
         "note",
     )
+
+
+def _best_rate(trials: Mapping[float, Sequence[float]]) -> float:
+    means = {rate: np.mean(losses) for rate, losses in trials.items() if losses and not np.isnan(np.mean(losses))}
+    return min(means, key=means.__getitem__, default=math.nan)
 
 
 def _lost(document: Document, results: Results) -> None:
