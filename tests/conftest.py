@@ -28,10 +28,12 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """GRU and hybrid are made of the others' parts: of them the quick tests take the contract alone."""
+    """GRU and hybrid are made of the others' parts, minGRU is simple: of them the quick tests take the contract alone."""
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if item.path.stem != "test_models" and any(isinstance(p, str) and p in ("gru", "hybrid") for p in given):
+        if item.path.stem != "test_models" and any(
+            isinstance(p, str) and p in ("gru", "hybrid", "mingru") for p in given
+        ):
             item.add_marker(pytest.mark.slow)
 
 
@@ -89,3 +91,5 @@ def text_file(tmp_path):
 
 
 BACKBONES = sorted(models.BACKBONES)
+# GRU and hybrid are made of the others' parts: where the contract is not the subject, these stand for them.
+SOME_BACKBONES = ["lstm", "mingru", "transformer"]

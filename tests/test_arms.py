@@ -105,6 +105,7 @@ def solve(kind, value=None, solve_for=None, tolerance=0.02, step_seconds=lambda 
     return value, {name: budget.cost(config, V) for name, config in solved.items()}
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(st.sampled_from(["parameters", "flops"]), st.floats(1.0, 100.0))
 def test_a_width_meets_the_budget(kind, factor):

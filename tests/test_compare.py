@@ -14,6 +14,8 @@ from textgen import logs, train
 from textgen.comparison import arms, compare, dynamic, jobs, report
 from textgen.config import UserError
 
+pytestmark = pytest.mark.slow  # runs are trained here
+
 FLAT = {
     "data.batch_size": 4,
     "data.window": 16,

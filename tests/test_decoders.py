@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BACKBONES, noisy_params, tiny
+from conftest import SOME_BACKBONES, noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -317,7 +317,8 @@ def test_the_best_of_n_has_the_law_of_a_maximum():
         assert abs(count - draws * chance) <= 5 * np.sqrt(draws * chance * (1 - chance)) + 1
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME_BACKBONES)
 def test_every_backbone_follows_many_texts(name):
     model = models.build(tiny({"model.backbone": name, "model.layers": 2}), 7)
     params = noisy_params(model)

@@ -10,6 +10,8 @@ from textgen import data, models, parallel, train
 from textgen.comparison import ensemble
 from textgen.tokenizers import CharacterTokenizer
 
+pytestmark = pytest.mark.slow  # runs are trained here
+
 TOKENIZER = CharacterTokenizer("".join(sorted(set(TEXT))))
 TOKENS = TOKENIZER.encode(TEXT)
 MEMBERS = ((0, 1e-3), (3, 1e-2), (2**32 - 1, 1e-2))

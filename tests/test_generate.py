@@ -84,6 +84,7 @@ def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(name):
     check()
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_share_its_prefill_and_equal_separate_prompts(built):
     _, params, generator = built
     prompts, keys = prompts_of([4, 2]), generate.row_keys(1, 6)
@@ -102,6 +103,7 @@ def test_going_on_from_a_text_equals_not_having_stopped(built):
     np.testing.assert_array_equal(np.concatenate([first, rest]), whole)
 
 
+@pytest.mark.slow
 def test_the_chunk_and_the_stream_change_nothing(built):
     _, params, generator = built
     prompts, keys = prompts_of([3, 6]), generate.row_keys(2, 2)
@@ -136,6 +138,7 @@ def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(built):
         states = commit(jnp.array([token]))
 
 
+@pytest.mark.slow
 def test_guidance_leans_from_the_second_prompt_to_the_first(built):
     full, params, generator = built
     (first, second), keys = prompts_of([5, 3]), generate.row_keys(4, 2)
@@ -194,6 +197,7 @@ def test_every_position_and_every_row_draws_anew(built):
         assert np.bincount(tokens, minlength=V).max() < 25  # of 40 or 50; 6 or 7 are expected
 
 
+@pytest.mark.slow
 def test_sampling_frequencies_are_the_models(built):
     full, params, generator = built
     (prompt,), n = prompts_of([2]), 4000

@@ -133,6 +133,7 @@ def test_the_batch_is_the_first_axis_of_every_carry_leaf(name):
     assert {leaf.shape[0] for leaf in jax.tree.leaves(model.init_carry(5, 9))} == {5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BACKBONES)
 def test_eval_shape_and_vmap_over_seeds(name):
     model, _ = make(name)

@@ -248,6 +248,7 @@ def test_the_config_file_takes_the_order():
         ngram_config.get_config("lstm")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
 @pytest.mark.parametrize("order", [1, 4])
 def test_a_run_is_counted_saved_loaded_and_used(text_file, tmp_path, order):

@@ -12,6 +12,8 @@ from configs import probes as table
 from textgen import models, probes, tasks
 from textgen.config import UserError
 
+pytestmark = pytest.mark.slow  # runs are trained here
+
 
 def config_of(arg="parity,hidden_markov", overrides=None):
     config = table.get_config(arg)

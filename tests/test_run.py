@@ -11,7 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import BACKBONES, TEXT, tiny
+from conftest import SOME_BACKBONES, TEXT, tiny
 
 import textgen
 from textgen import assess, checkpoints, config, logs, run, train
@@ -81,6 +81,7 @@ def test_tensorboard_reads_back_curves_texts_and_final_metrics(finished):
     assert not list(workdir.glob("1*/"))  # no run beside the run
 
 
+@pytest.mark.slow
 def test_a_loaded_model_generates_streams_and_scores(finished):
     workdir, final = finished
     lm = textgen.load(workdir)
@@ -149,7 +150,7 @@ def test_bad_requests_of_a_loaded_model(finished, prompt, options, message):
 @pytest.mark.parametrize(
     ("name", "how"),
     [("lstm", "crash"), ("transformer", "signal")]
-    + [pytest.param(name, how, marks=pytest.mark.slow) for name in BACKBONES for how in ("signal", "crash")],
+    + [pytest.param(name, how, marks=pytest.mark.slow) for name in SOME_BACKBONES for how in ("signal", "crash")],
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted(text_file, tmp_path, name, how, monkeypatch):
     settings = configured(text_file, {"model.backbone": name, "data.order": "stream", "train.ema_decay": 0.9})
@@ -207,6 +208,7 @@ def test_no_ghost_points_after_a_resume(text_file, tmp_path, monkeypatch):
     assert max(row["step"] for row in logs.read_metrics(tmp_path / "r")) == 6
 
 
+@pytest.mark.slow
 def test_more_steps_may_be_asked_for_and_another_model_may_not(text_file, tmp_path):
     settings = configured(text_file)
     run.Session(settings, tmp_path / "r").run()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BACKBONES, noisy_params, tiny
+from conftest import SOME_BACKBONES, noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import trainer_of
@@ -172,6 +172,7 @@ def prompts_of(lengths, seed=0):
     return [random.integers(0, 7, n).astype(np.int32) for n in lengths]
 
 
+@pytest.mark.slow
 @each
 def test_greedy_text_is_that_of_greedy_decoding(kind):
     speculator, generator, params, draft_params, _ = build(kind)
@@ -183,6 +184,7 @@ def test_greedy_text_is_that_of_greedy_decoding(kind):
         np.testing.assert_allclose(getattr(made.generated, name), told, atol=1e-4)
 
 
+@pytest.mark.slow
 @each
 def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(kind):
     speculator, _, params, draft_params, model = build(kind)
@@ -218,6 +220,7 @@ def test_in_the_transformer_lengths_change_the_carry_alone():
     np.testing.assert_array_equal(whole, ragged)
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_share_its_prefill_and_equal_separate_prompts():
     speculator, _, params, draft_params, _ = build("transformer")
     prompts, keys = prompts_of([4, 2]), generate.row_keys(1, 4)
@@ -286,7 +289,8 @@ def test_their_loss_is_the_mean_over_heads_of_the_later_tokens_nats():
     )
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME_BACKBONES)
 def test_training_teaches_them_and_reports_the_next_token_alone(name):
     steps = {"model.backbone": name, "train.steps": 120, "train.steps_per_dispatch": 120, "log.every_steps": 120}
     rate = {"optimizer.learning_rate": 1e-2, "optimizer.schedule": "constant"}

@@ -46,8 +46,8 @@ def test_the_interval_of_a_tie_holds_zero_quickly():
     ids=["both", "seeds rule", "text rules", "smooth seeds"],
 )
 def test_the_interval_of_a_tie_holds_zero_95_times_in_100(seeds, noise):
-    """2,000 ties: the count itself is known to +-1 point. Printed with pytest -s."""
-    share = coverage(seeds, 2000, 512 * 40, **noise)
+    """1,000 ties: the share itself is known to +-1.4 points. Printed with pytest -s."""
+    share = coverage(seeds, 1000, 512 * 40, **noise)
     print(f"\n{seeds} seeds, {noise}: {share:.4f}")
     assert 0.93 <= share <= 0.97
 

@@ -21,6 +21,8 @@ from textgen.config import UserError
 from textgen.models import ngram
 from textgen.study import ladder, measure
 
+pytestmark = pytest.mark.slow  # runs are trained here
+
 PROMPTS = ["The ", "So he mended"]
 
 

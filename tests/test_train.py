@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import BACKBONES, TEXT, noisy_params, tiny
+from conftest import SOME_BACKBONES, TEXT, noisy_params, tiny
 
 from textgen import data, models, optimizers, parallel, train
 from textgen.tokenizers import CharacterTokenizer
@@ -46,7 +46,7 @@ def equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(keys(x), keys(y)), a, b)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SOME_BACKBONES)
 @pytest.mark.parametrize("order", ["shuffled", "stream"])
 def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order):
     overrides = {"model.backbone": name, "data.order": order, "model.dropout": 0.1, "train.ema_decay": 0.9}
@@ -82,7 +82,7 @@ def test_a_loss_in_chunks_has_the_same_gradients_and_never_holds_all_logits(over
     assert not any(s in texts[1] for s in size)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SOME_BACKBONES)
 def test_accumulation_equals_one_big_batch(name):
     whole, rows = run(*trainer_of({"model.backbone": name}))
     for parts in (4,):
@@ -91,8 +91,9 @@ def test_accumulation_equals_one_big_batch(name):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), state.params, whole.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SOME_BACKBONES)
 def test_only_the_targets_given_are_scored(name, parts):
     rates = {"optimizer.name": "sgd", "optimizer.momentum": 0.0, "optimizer.weight_decay": 0.0}
     trainer, batches = trainer_of(rates | {"model.backbone": name, "train.accumulation": parts})
@@ -124,7 +125,7 @@ def test_no_targets_means_the_next_token():
     equal(one, other)
 
 
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize("name", SOME_BACKBONES)
 @pytest.mark.parametrize(
     "mesh", [(2, 2, 1), *(pytest.param(m, marks=pytest.mark.slow) for m in [(4, 1, 1), (1, 2, 2)])], ids=str
 )
