@@ -28,12 +28,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """GRU and hybrid are made of the others' parts, minGRU is simple: of them the quick tests take the contract alone."""
+    """Of the younger backbones the quick tests take the contract alone."""
+    young = {"gru", "hybrid", "mingru"}
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if item.path.stem != "test_models" and any(
-            isinstance(p, str) and p in ("gru", "hybrid", "mingru") for p in given
-        ):
+        if item.path.stem != "test_models" and young & {p for p in given if isinstance(p, str)}:
             item.add_marker(pytest.mark.slow)
 
 
