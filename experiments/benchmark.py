@@ -240,7 +240,7 @@ def compare_launches() -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    from textgen.config import UserError
+    from textgen.config import UserError, require
 
     try:
         import torch
@@ -259,17 +259,19 @@ def main() -> None:
                 f"{row['job']:36s} {ours:>10s} {row['unit']:8s} ratio {row['ratio']:6.2f}{part}   ({their})", flush=True
             )
 
+    chosen = [job for job in jobs() if re.search(_ONLY.value, job.name)]
+    starts = re.search(_ONLY.value, "start")
+    require(chosen or starts, f"--only={_ONLY.value} finds none of: {', '.join(job.name for job in jobs())}; start.")
     if not _JSON.value:
         print(f"{os.cpu_count()} cores: {limit['flops'] / 1e9:,.0f} GFLOP/s, copy {limit['bytes'] / 1e9:,.1f} GB/s")
-    for job in jobs():
-        if re.search(_ONLY.value, job.name):
-            took = seconds({"ours": job.ours(), **{name: peer() for name, peer in job.peers.items()}}, _REPEATS.value)
-            rate = {name: job.tokens / t for name, t in took.items()}
-            ours = rate.pop("ours")
-            of_limit = job.flops / took["ours"] / limit["flops"]
-            row = {"job": job.name, "unit": "tokens/s", "ours": ours, "peers": rate}
-            show(row | {"ratio": ours / max(rate.values()), "of_limit": of_limit})
-    if re.search(_ONLY.value, "start"):
+    for job in chosen:
+        took = seconds({"ours": job.ours(), **{name: peer() for name, peer in job.peers.items()}}, _REPEATS.value)
+        rate = {name: job.tokens / t for name, t in took.items()}
+        ours = rate.pop("ours")
+        of_limit = job.flops / took["ours"] / limit["flops"]
+        row = {"job": job.name, "unit": "tokens/s", "ours": ours, "peers": rate}
+        show(row | {"ratio": ours / max(rate.values()), "of_limit": of_limit})
+    if starts:
         for row in compare_launches():
             show(row)
     if _JSON.value:
