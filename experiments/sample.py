@@ -47,10 +47,16 @@ def main() -> None:
     from textgen.config import require
 
     run.use_compilation_cache()
+    own = flags.FLAGS.get_key_flags_for_module(flags.FLAGS.find_module_defining_flag("replay"))
+    given = {flag.name for flag in own if flag.present}
     if _REPLAY.value is not None:
+        idle = sorted(given - {"replay", "workdir"})
+        require(not idle, f"--replay takes all settings from the file: leave out --{', --'.join(idle)}.")
         inference.replay_file(_REPLAY.value, workdir=_WORKDIR.value)
         return
     require(_WORKDIR.value is not None, "Give the run's folder: --workdir=DIR.")
+    require("gamma" not in given or _SPECULATE.value, "--gamma says how many tokens --speculate proposes: give both.")
+    require(not (_SHADE.value and (_JSON.value or _STREAM.value)), "--shade goes with neither --json nor --stream.")
     lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     prompts = _PROMPT.value or [lm.config.sample.prompt]
     chain = lm.chain(_SAMPLER.value, **{name: flags.FLAGS[name].value for name in samples.PLAIN})

@@ -30,6 +30,23 @@ def call(name, *flags):
     )
 
 
+def stopped(words, metrics, how):
+    """What a command prints that is sent a signal as soon as its curve begins."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(words, cwd=ROOT, env=os.environ | CACHE, **pipes)
+    deadline = time.time() + 120
+    while not metrics.exists() or not metrics.read_text():
+        assert time.time() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(how)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "everything so far is saved. To go on, run the same command again:" in out
+    assert "Traceback" not in out + err
+    return out
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
@@ -42,24 +59,7 @@ def test_train_interrupt_resume_sample_evaluate(folder):
     workdir = folder / "runs" / "one"
     train = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}", "--config.train.steps=4000"]
     train += ["--config.eval.every_steps=4000", "--config.checkpoint.every_steps=4000"]
-    process = subprocess.Popen(
-        command("train", *train),
-        cwd=ROOT,
-        env=os.environ | CACHE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.time() + 120
-    while not (workdir / "metrics.jsonl").exists() or not (workdir / "metrics.jsonl").read_text():
-        assert time.time() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "everything so far is saved. To go on, run the same command again:" in out
-    assert "Traceback" not in out + err
+    out = stopped(command("train", *train), workdir / "metrics.jsonl", signal.SIGINT)
     step = int(out.split("Stopped after step ")[1].split(";")[0])
 
     done = call("train", *train[:-3], f"--config.train.steps={step + 20}", *train[-2:])
@@ -105,6 +105,8 @@ def test_train_interrupt_resume_sample_evaluate(folder):
         pytest.param("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices", marks=pytest.mark.slow),
         pytest.param("sample", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
         pytest.param("sample", [], "Give the run's folder: --workdir=DIR", marks=pytest.mark.slow),
+        pytest.param("sample", ["--replay=/absent", "--seed=1"], "leave out --seed", marks=pytest.mark.slow),
+        pytest.param("sample", ["--workdir=/absent", "--gamma=2"], "--speculate proposes", marks=pytest.mark.slow),
         pytest.param("sample", ["--replay=/absent"], "There is no file '/absent'", marks=pytest.mark.slow),
         pytest.param(
             "explore", ["--workdir=x", "--temperatures=0.5,hot"], "such as 0.5,0.8,1; got 'hot'", marks=pytest.mark.slow
@@ -134,24 +136,7 @@ def test_compare_is_stopped_and_goes_on(folder):
     workdir = folder / "runs" / "duel"
     flags = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}"]
     flags += ["--sweep=model.backbone=lstm,transformer", "--config.train.steps=400", "--config.sample.length=10"]
-    process = subprocess.Popen(
-        command("compare", *flags),
-        cwd=ROOT,
-        env=os.environ | CACHE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    deadline = time.time() + 120
-    while not list(workdir.glob("lstm/0/metrics.jsonl")) or not (workdir / "lstm/0/metrics.jsonl").read_text():
-        assert time.time() < deadline
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "everything so far is saved. To go on, run the same command again:" in out
-    assert "Traceback" not in out + err
+    stopped(command("compare", *flags), workdir / "lstm/0/metrics.jsonl", signal.SIGTERM)
     done = call("compare", *flags)
     assert done.returncode == 0, done.stderr
     assert "transformer, seed 2: validation loss" in done.stdout

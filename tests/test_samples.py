@@ -140,7 +140,8 @@ def test_what_the_plain_settings_stand_for():
     [
         ({"stop": ["x"]}, "x"),
         ({"stop": [""]}, "A stop text is empty"),
-        ({"min_length": 9, "length": 5}, "min_length must lie in 0 ... length = 5, got 9"),
+        ({"min_length": 9, "length": 5, "stop": "a"}, "min_length must lie in 0 ... length = 5, got 9"),
+        ({"min_length": 9}, "only holds back stop texts, and there is none"),
         ({"guidance": 2.0}, "guidance and second_prompt go together"),
         ({"guidance": 2.0, "second_prompt": ""}, "The prompt is empty"),
         ({"sampler": "banned(77)"}, "names token 77, and the vocabulary has 6 tokens"),

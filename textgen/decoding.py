@@ -17,7 +17,7 @@ from jaxtyping import Integer
 
 from textgen.config import require
 from textgen.decoders import Decoder, Step, Texts
-from textgen.generate import bucket, observe, pad, uniforms
+from textgen.generate import bucket, check_request, observe, pad, uniforms
 from textgen.sampling import Chain, Moment
 
 
@@ -110,9 +110,7 @@ class Decoding:
         Raises:
           UserError: no or an empty prompt, a length below 1, or a text past the model's positions.
         """
-        require(length >= 1, f"length must be 1 or more, got {length}.")
-        require(len(prompts) > 0, "Give at least one prompt.")
-        require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
+        check_request(prompts, length)
         padded, lengths = pad(prompts)
         longest = int(lengths.max()) + length
         require(

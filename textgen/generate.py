@@ -18,7 +18,7 @@ from jaxtyping import Integer
 
 from textgen.config import require
 from textgen.sampling import Chain, Moment, Number, draw
-from textgen.sampling.core import column
+from textgen.sampling.core import column, entropy
 
 CHUNK = 50  # tokens per dispatch; people ask for multiples of it
 
@@ -146,11 +146,8 @@ class Generator:
         Raises:
           UserError: an empty prompt, or a length below 1.
         """
-        require(length >= 1, f"length must be 1 or more, got {length}.")
-        require(num_samples >= 1, f"num_samples must be 1 or more, got {num_samples}.")
-        require(len(prompts) > 0, "Give at least one prompt.")
+        check_request([*prompts, *second_prompts], length, num_samples)
         prompts = [*prompts, *second_prompts]
-        require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
         texts = [np.asarray(p, np.int32) for p in prompts]
         copies = origin = np.repeat(np.arange(len(prompts)), num_samples)
         rows, limit = len(keys), self.max_positions
@@ -190,6 +187,18 @@ class Generator:
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
 
 
+def check_request(prompts: Sequence[Integer[np.ndarray, "_"]], length: int, num_samples: int = 1) -> None:
+    """Refuses what no way of generating can do.
+
+    Raises:
+      UserError: no or an empty prompt, a length or num_samples below 1.
+    """
+    require(length >= 1, f"length must be 1 or more, got {length}.")
+    require(num_samples >= 1, f"num_samples must be 1 or more, got {num_samples}.")
+    require(len(prompts) > 0, "Give at least one prompt.")
+    require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
+
+
 def pad(prompts: Sequence[Integer[np.ndarray, "_"]]) -> tuple[Any, Any]:
     """Prompts as ([P, T], lengths [P]), with T a bucket, so that another length seldom compiles."""
     lengths = np.array([len(p) for p in prompts], np.int32)
@@ -225,7 +234,6 @@ def observe(token: Any, logits: Any, drawn: Any) -> Generated:
     """What one step tells: a Generated of [B]."""
     model, ours = jax.nn.log_softmax(logits), jax.nn.log_softmax(drawn)
     at = lambda x: jnp.take_along_axis(x, token[:, None], axis=-1)[:, 0]
-    entropy = lambda x: -jnp.sum(jnp.where(jnp.isneginf(x), 0, jnp.exp(x) * x), -1)
     rank = jnp.sum(logits > at(logits)[:, None], -1)
     kept = jnp.sum(~jnp.isneginf(drawn), -1)
-    return Generated(token, at(model), at(ours), entropy(model), entropy(ours), rank, kept)
+    return Generated(token, at(model), at(ours), entropy(model)[:, 0], entropy(ours)[:, 0], rank, kept)

@@ -112,6 +112,9 @@ def check_stops(stops: str | Sequence[str], min_length: int, length: int, tokeni
     for stop in stops:
         require(stop != "", "A stop text is empty: it would end every text before it begins.")
         tokenizer.encode(stop)
+    require(
+        stops or min_length == 0, f"min_length={min_length} only holds back stop texts, and there is none: give one."
+    )
     require(0 <= min_length <= length, f"min_length must lie in 0 ... length = {length}, got {min_length}.")
     return stops
 

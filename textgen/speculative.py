@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from textgen.config import require
-from textgen.generate import Generated, bucket, observe, pad
+from textgen.generate import Generated, bucket, check_request, observe, pad
 from textgen.sampling import Chain, Moment, draw
 
 
@@ -216,10 +216,7 @@ class Speculator:
           UserError: no or an empty prompt, a length or num_samples below 1, or a text past the
             model's positions.
         """
-        require(length >= 1, f"length must be 1 or more, got {length}.")
-        require(num_samples >= 1, f"num_samples must be 1 or more, got {num_samples}.")
-        require(len(prompts) > 0, "Give at least one prompt.")
-        require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
+        check_request(prompts, length, num_samples)
         padded, lengths = pad(prompts)
         longest = int(lengths.max()) + length + self.draft.gamma
         require(

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Integer
 
-from textgen.models.lstm import LSTM, orthogonal_gates
+from textgen.models.layers import Linear
+from textgen.models.lstm import LSTM, orthogonal_gates, project
 
 
 class GRU(LSTM):
@@ -34,17 +35,13 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], state: Any, lengths: Any) -> tuple[Float[Array, "B T D"], Any]:
-        rows, steps, inputs = x.shape
         width = self.width
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        kernel = self.param("kernel", init, (inputs, 3 * width), jnp.float32)
+        kernel = self.param("kernel", Linear.kernel_init, (x.shape[-1], 3 * width), jnp.float32)
         recurrent = self.param("recurrent", orthogonal_gates, (width, 3 * width), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (3 * width,), jnp.float32)
         candidate_bias = self.param("candidate_bias", nn.initializers.zeros, (width,), jnp.float32)
 
-        x = jnp.swapaxes(x, 0, 1).reshape(steps * rows, inputs)  # time first: a scan reads whole slices
-        projected = x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-        projected = projected.reshape(steps, rows, 3 * width)  # [T, B, 3D]
+        projected = project(x, kernel, bias, self.dtype)  # [T, B, 3D]
         weights = recurrent.astype(self.dtype), candidate_bias.astype(self.dtype)
         if lengths is None:
             hidden, last = recurrence(projected, *weights, *state)

@@ -73,6 +73,11 @@ class Dropout(nn.Module):
         return jnp.where(mask, x * (256 / max(kept, 1)), 0).astype(x.dtype)
 
 
+def feed_forward_flops(width: int, hidden: int, activation: str) -> float:
+    """Of the matrix products of `feed_forward`, forward, per token."""
+    return 2.0 * width * hidden * (3 if activation == "swiglu" else 2)
+
+
 def feed_forward(
     x: Float[Array, "B T D"],
     hidden: int,

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig
-from textgen.models.layers import Dropout
+from textgen.models.layers import Dropout, Linear
 
 Carry = tuple[tuple[Float[Array, "B D"], ...], ...]  # (h, c) of each layer
 
@@ -82,21 +82,24 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], state: Any, lengths: Any) -> tuple[Float[Array, "B T D"], Any]:
-        rows, steps, inputs = x.shape
         width = self.width
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        kernel = self.param("kernel", init, (inputs, 4 * width), jnp.float32)
+        kernel = self.param("kernel", Linear.kernel_init, (x.shape[-1], 4 * width), jnp.float32)
         recurrent = self.param("recurrent", orthogonal_gates, (width, 4 * width), jnp.float32)
         bias = self.param("bias", _forget_bias, (4 * width,), jnp.float32)
 
-        x = jnp.swapaxes(x, 0, 1).reshape(steps * rows, inputs)  # time first: a scan reads whole slices
-        projected = x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
-        projected = projected.reshape(steps, rows, 4 * width)  # [T, B, 4D]
+        projected = project(x, kernel, bias, self.dtype)  # [T, B, 4D]
         if lengths is None:
             hidden, state = recurrence(projected, recurrent.astype(self.dtype), *state)
         else:
             hidden, state = _ragged(projected, recurrent.astype(self.dtype), state, lengths)
         return jnp.swapaxes(hidden, 0, 1), state
+
+
+def project(x: Float[Array, "B T D"], kernel: Any, bias: Any, dtype: jnp.dtype) -> Float[Array, "T B F"]:
+    """x W + b for all steps in one product; time first, so that a scan reads whole slices."""
+    rows, steps, inputs = x.shape
+    x = jnp.swapaxes(x, 0, 1).reshape(steps * rows, inputs)
+    return (x.astype(dtype) @ kernel.astype(dtype) + bias.astype(dtype)).reshape(steps, rows, -1)
 
 
 def orthogonal_gates(key: Array, shape: tuple[int, int], dtype: Any) -> Float[Array, "D F"]:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig
-from textgen.models.layers import Dropout, Linear, Norm, feed_forward, residual_init
+from textgen.models.layers import Dropout, Linear, Norm, feed_forward, feed_forward_flops, residual_init
 
 TAPS = 4  # tokens that the convolution sees
 
@@ -93,7 +93,7 @@ def empty_state(rows: int, width: int) -> State:
 
 def block_flops(width: int, feed_forward_width: int, activation: str) -> float:
     """Of the matrix products of one block, forward, per token."""
-    return 2.0 * width * (3 * width + (3 if activation == "swiglu" else 2) * feed_forward_width)
+    return 6.0 * width**2 + feed_forward_flops(width, feed_forward_width, activation)
 
 
 class Block(nn.Module):

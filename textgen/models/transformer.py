@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig, TransformerConfig
-from textgen.models.layers import Dropout, Linear, Norm, feed_forward, residual_init
+from textgen.models.layers import Dropout, Linear, Norm, feed_forward, feed_forward_flops, residual_init
 
 
 @flax.struct.dataclass
@@ -81,8 +81,8 @@ class Transformer(nn.Module):
         near = min(length, self.context)
         seen = near - near * (near - 1) / (2 * length)  # the mean of min(t, context) over t = 1 ... length
         qkv_and_out = 2 * width**2 * (2 + 2 * (o.kv_heads or o.heads) / o.heads)
-        feed_forward = 2 * width * o.feed_forward_width * (3 if o.activation == "swiglu" else 2)
-        return self.layers * (qkv_and_out + 4 * width * seen + feed_forward)
+        rest = feed_forward_flops(width, o.feed_forward_width, o.activation)
+        return self.layers * (qkv_and_out + 4 * width * seen + rest)
 
     def block(self, i: int) -> Callable:
         """Layer i: (x, positions, past, lengths, train) -> (x, past)."""

@@ -106,7 +106,8 @@ def render(study: Study) -> str:
             f"The next {unit}, reweighted",
             pages.paragraph(
                 f"Unseen text, as the model reads it. Click a {unit}, or walk with the arrow keys, and move the "
-                "sliders: filled bars are what is drawn from, the lines mark the model's own distribution."
+                "sliders: filled bars are what is drawn from, the lines mark the model's own distribution. "
+                f"At each place the {LIKELIEST} likeliest are reweighted, where the vocabulary is larger than that."
             ),
             _sliders(study),
         ),
