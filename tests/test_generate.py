@@ -138,6 +138,27 @@ def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(built):
         states = commit(jnp.array([token]))
 
 
+def test_rows_shared_out_to_the_cores_are_the_same_rows(monkeypatch):
+    _, params, generator = build("lstm")
+    rows = 6
+    chain = sampling.chain(
+        sampling.repetition_penalty(1.3), sampling.temperature(np.linspace(0.5, 2, rows)), sampling.banned([2])
+    )
+    (*prompts, second), keys = prompts_of([5, 1, 7, 3]), generate.row_keys(4, rows)
+    options = {"length": 9, "chunk": 4, "num_samples": 2}
+    for more in ({}, {"second_prompts": [second] * 3, "guidance": np.linspace(0, 2, rows)}):
+        made = []
+        for count in (1, 2, 3):
+            monkeypatch.setattr(generate, "groups", lambda rows, count=count: count)
+            made.append(generator(params, prompts, keys, chain, **options, **more))
+        for other in made[1:]:
+            np.testing.assert_array_equal(other.tokens, made[0].tokens)
+            np.testing.assert_allclose(other.log_probability_drawn, made[0].log_probability_drawn, atol=1e-5)
+    monkeypatch.undo()
+    monkeypatch.setattr(generate.os, "cpu_count", lambda: 4)
+    assert [generate.groups(rows) for rows in (1, 7, 8, 9, 12, 16, 23, 64)] == [1, 1, 2, 1, 3, 4, 1, 4]
+
+
 @pytest.mark.slow
 def test_guidance_leans_from_the_second_prompt_to_the_first(built):
     full, params, generator = built

@@ -7,7 +7,9 @@ Nothing here knows a model. A step function is
 with the logits after each row's last real token.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.struct
@@ -131,7 +133,8 @@ class Generator:
     ) -> Iterator[Generated]:
         """Yields new tokens as they are made, `chunk` at a time, as NumPy arrays.
 
-        Row p * num_samples + s continues prompt p. A prompt is prefilled once for all its samples.
+        Row p * num_samples + s continues prompt p. A prompt is prefilled once for all its samples;
+        on a CPU each core has rows of its own, see `groups`.
 
         Args:
           prompts: ids of each prompt, of any lengths.
@@ -147,11 +150,43 @@ class Generator:
           UserError: an empty prompt, or a length below 1.
         """
         check_request([*prompts, *second_prompts], length, num_samples)
-        prompts = [*prompts, *second_prompts]
-        texts = [np.asarray(p, np.int32) for p in prompts]
-        copies = origin = np.repeat(np.arange(len(prompts)), num_samples)
-        rows, limit = len(keys), self.max_positions
+        origin = np.repeat(np.arange(len(prompts)), num_samples)
         guidance = None if guidance is None else np.asarray(guidance, np.float32)
+
+        def share(rows: Any) -> Iterator[Generated]:
+            read, copies = np.unique(origin[rows], return_inverse=True)
+            texts = [some[p] for some in (prompts, second_prompts) if some for p in read]
+            if second_prompts:
+                copies = np.concatenate([copies, copies + len(read)])
+            mix = guidance[rows] if np.ndim(guidance) else guidance
+            return self._stream(params, texts, copies, keys[rows], chain.row(rows), length, mix, chunk)
+
+        count = groups(len(keys))
+        streams = [share(rows) for rows in np.split(np.arange(len(keys)), count)]
+        if count == 1:
+            yield from streams[0]
+            return
+        with ThreadPoolExecutor(count) as pool:
+            while None not in (parts := list(pool.map(lambda stream: next(stream, None), streams))):
+                yield jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+    def _stream(
+        self,
+        params: Any,
+        prompts: Sequence[Integer[np.ndarray, "_"]],
+        copies: Integer[np.ndarray, "R"],
+        keys: Any,
+        chain: Chain,
+        length: int,
+        guidance: Any,
+        chunk: int,
+    ) -> Iterator[Generated]:
+        """The same for rows that are computed together, where row i continues prompt copies[i].
+
+        With guidance, R is twice the keys: the rows that read the second prompts come last.
+        """
+        texts, origin = [np.asarray(p, np.int32) for p in prompts], copies
+        rows, limit = len(keys), self.max_positions
         chunk = chunk if limit is None else min(chunk, max(limit // 2, 1))
         state, used, room, parts = None, 0, 0, []
         for made in range(0, length, chunk):
@@ -197,6 +232,15 @@ def check_request(prompts: Sequence[Integer[np.ndarray, "_"]], length: int, num_
     require(num_samples >= 1, f"num_samples must be 1 or more, got {num_samples}.")
     require(len(prompts) > 0, "Give at least one prompt.")
     require(all(len(p) > 0 for p in prompts), "A prompt is empty: give at least one token to begin from.")
+
+
+def groups(rows: int) -> int:
+    """In how many equal parts rows are decoded side by side: on a CPU one for each core, of 4 rows or more.
+
+    One step of decoding is too small for XLA to divide; whole rows are not.
+    """
+    most = min(os.cpu_count() or 1, rows // 4) if jax.default_backend() == "cpu" else 1
+    return max(n for n in range(1, max(most, 1) + 1) if rows % n == 0)
 
 
 def pad(prompts: Sequence[Integer[np.ndarray, "_"]]) -> tuple[Any, Any]:

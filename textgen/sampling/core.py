@@ -92,8 +92,8 @@ class Chain:
                 commits.append(commit)
         return logits, lambda token: tuple(commit(token) for commit in commits)
 
-    def row(self, i: int) -> "Chain":
-        """The chain as row i sees it: one number where each row has its own."""
+    def row(self, i: Any) -> "Chain":
+        """The chain as row i sees it, or rows [R]: their own numbers where each row has one."""
         pick = lambda n: n[i] if np.ndim(n) == 1 else n
         return Chain(tuple(t.replace(numbers=tuple(map(pick, t.numbers))) for t in self.transforms))
 
