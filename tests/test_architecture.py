@@ -27,6 +27,7 @@ BESIDE = {
     ("plays", "config"),
     ("tokenizers", "config"),
     ("data", "corpora"),
+    ("generate", "parallel"),
     ("generate", "sampling"),
     ("decoding", "decoders"),
     ("run", "assess"),

@@ -155,7 +155,7 @@ def test_rows_shared_out_to_the_cores_are_the_same_rows(monkeypatch):
             np.testing.assert_array_equal(other.tokens, made[0].tokens)
             np.testing.assert_allclose(other.log_probability_drawn, made[0].log_probability_drawn, atol=1e-5)
     monkeypatch.undo()
-    monkeypatch.setattr(generate.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(generate, "workers", lambda: 4)
     assert [generate.groups(rows) for rows in (1, 7, 8, 9, 12, 16, 23, 64)] == [1, 1, 2, 1, 3, 4, 1, 4]
 
 

@@ -317,19 +317,21 @@ def test_attention_equals_a_loop_over_tokens(rows, steps, context, heads, seed):
 
 
 def test_rotary_attention_knows_distances_alone():
-    from textgen.models.transformer import rotate
+    from textgen.models.transformer import angles, rotate
 
     random = np.random.default_rng(0)
     qk = jnp.asarray(random.standard_normal((1, 2, 6, 8)), jnp.float32)
     scores = []
     for shift in (0, 5000, 1_000_000):
-        q, k = rotate(qk, jnp.arange(6, dtype=jnp.int32)[None] + shift, 10_000.0, 1)
+        places = np.arange(6, dtype=np.int32)[None] + shift
+        q, k = rotate(qk, angles(jnp.asarray(places), 8, 10_000.0), 1)
         scores.append(np.asarray(jnp.einsum("bhtk,bhsk->ts", q, k)))
     np.testing.assert_allclose(scores[1], scores[0], atol=1e-4)
     np.testing.assert_allclose(scores[2], scores[0], atol=3e-3)
     # Exact against float64, far out.
-    angles = (np.arange(6) + 1_000_000)[:, None] * 10_000.0 ** (-np.arange(4) / 4)
+    exact = (np.arange(6) + 1_000_000)[:, None] * 10_000.0 ** (-np.arange(4) / 4)
     a, b = np.split(np.asarray(qk, np.float64)[0, 0], 2, -1)
-    expected = np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], -1)
-    q, _ = rotate(qk, jnp.arange(6, dtype=jnp.int32)[None] + 1_000_000, 10_000.0, 1)
-    np.testing.assert_allclose(np.asarray(q)[0, 0], expected, atol=2e-3)
+    expected = np.concatenate([a * np.cos(exact) - b * np.sin(exact), a * np.sin(exact) + b * np.cos(exact)], -1)
+    for positions in (places, jnp.asarray(places)):
+        q, _ = rotate(qk, angles(positions, 8, 10_000.0), 1)
+        np.testing.assert_allclose(np.asarray(q)[0, 0], expected, atol=2e-3)

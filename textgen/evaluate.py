@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from textgen.config import require
 from textgen.data import Split, Tokens
 from textgen.models import Model
 from textgen.objectives import next_token_nats
+from textgen.parallel import workers
 
 STREAM_CHUNK = 256  # tokens per call when a text is read as one stream
 
@@ -80,14 +82,13 @@ class Evaluator:
         padded = np.zeros(-(-windows // rows) * rows * window + 1, tokens.dtype)
         padded[: len(tokens)] = tokens
         starts = np.arange(0, len(padded) - 1, window).reshape(-1, rows)
-        # Two batches are under way while a third is read, and no more are held.
-        waiting, nats = [], []
-        for some in starts:
-            waiting.append(self._in_windows(params, padded[some[:, None] + np.arange(window + 1)]))
-            if len(waiting) > 2:
-                nats.append(np.asarray(waiting.pop(0)).ravel())
-        nats += [np.asarray(part).ravel() for part in waiting]
-        return np.concatenate(nats)[:count]
+
+        def read(some: Any) -> Float[np.ndarray, "N"]:
+            return np.asarray(self._in_windows(params, padded[some[:, None] + np.arange(window + 1)])).ravel()
+
+        # One batch for each worker, and one that waits: no more are held.
+        with ThreadPoolExecutor(workers() + 1) as pool:
+            return np.concatenate(list(pool.map(read, starts)))[:count]
 
     def stream_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "M"]:
         """-ln p of every token but the first, each predicted from all that came before it.

@@ -7,7 +7,6 @@ Nothing here knows a model. A step function is
 with the logits after each row's last real token.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from textgen.config import require
+from textgen.parallel import workers
 from textgen.sampling import Chain, Moment, Number, draw
 from textgen.sampling.core import column, entropy
 
@@ -134,7 +134,7 @@ class Generator:
         """Yields new tokens as they are made, `chunk` at a time, as NumPy arrays.
 
         Row p * num_samples + s continues prompt p. A prompt is prefilled once for all its samples;
-        on a CPU each core has rows of its own, see `groups`.
+        each worker has rows of its own, see `groups`.
 
         Args:
           prompts: ids of each prompt, of any lengths.
@@ -235,12 +235,9 @@ def check_request(prompts: Sequence[Integer[np.ndarray, "_"]], length: int, num_
 
 
 def groups(rows: int) -> int:
-    """In how many equal parts rows are decoded side by side: on a CPU one for each core, of 4 rows or more.
-
-    One step of decoding is too small for XLA to divide; whole rows are not.
-    """
-    most = min(os.cpu_count() or 1, rows // 4) if jax.default_backend() == "cpu" else 1
-    return max(n for n in range(1, max(most, 1) + 1) if rows % n == 0)
+    """In how many equal parts rows are decoded side by side: one for each worker, of 4 rows or more."""
+    most = max(min(workers(), rows // 4), 1)
+    return max(n for n in range(1, most + 1) if rows % n == 0)
 
 
 def pad(prompts: Sequence[Integer[np.ndarray, "_"]]) -> tuple[Any, Any]:

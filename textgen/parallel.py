@@ -32,6 +32,11 @@ def make_mesh(config: MeshConfig) -> Mesh:
     )
 
 
+def workers() -> int:
+    """Threads that compute side by side: XLA leaves most of a small program to one core. An accelerator takes turns."""
+    return os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1
+
+
 def initialize_distributed() -> None:
     """Joins the other processes, where a launcher has said that there are any."""
     if os.environ.get("JAX_COORDINATOR_ADDRESS") or int(os.environ.get("SLURM_NTASKS", "1")) > 1:

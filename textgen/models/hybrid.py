@@ -41,8 +41,8 @@ class Hybrid(Transformer):
             o.feed_forward_width, o.activation, self.layers, self.norm, self.dropout, self.dtype, name=f"block_{i}"
         )
 
-        def call(x: Any, positions: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
-            del positions  # a recurrence knows the order
+        def call(x: Any, places: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
+            del places  # a recurrence knows the order
             state = mingru.empty_state(len(x), self.width) if past is None else past[0]
             return block(x, state, lengths, train)
 

@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         return self.layers * (qkv_and_out + 4 * width * seen + rest)
 
     def block(self, i: int) -> Callable:
-        """Layer i: (x, positions, past, lengths, train) -> (x, past)."""
+        """Layer i: (x, (positions, their angles), past, lengths, train) -> (x, past)."""
         kind = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
         return kind(self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, name=f"block_{i}")
 
@@ -105,11 +105,16 @@ class Transformer(nn.Module):
             table = self.param("positions", nn.initializers.normal(0.02), (self.context, self.width), jnp.float32)
             x = x + table[jnp.minimum(positions, self.context - 1)].astype(x.dtype)
         x = Dropout(self.dropout, name="dropout")(x, train)
+        turn = None
+        if self.options.positions == "rope":
+            # Without a past this is a constant: inside the program every head would take its own sines.
+            known = np.arange(steps, dtype=np.int32)[None] if carry is None else positions
+            turn = angles(known, self.width // self.options.heads, self.options.rope_base)
 
         memory = []
         for i in range(self.layers):
             past = None if carry is None else (carry.memory[i], carry.position, carry.written)
-            x, kept = self.block(i)(x, positions, past, lengths, train)
+            x, kept = self.block(i)(x, (positions, turn), past, lengths, train)
             memory.append(kept)
         if carry is None:
             return x, None
@@ -130,8 +135,8 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Any, positions: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
-        o, width = self.options, x.shape[-1]
+    def __call__(self, x: Any, places: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
+        o, width, (positions, turn) = self.options, x.shape[-1], places
         bias = self.norm == "layernorm"
         linear = lambda features, name, init=Linear.kernel_init: Linear(features, bias, init, self.dtype, name=name)
 
@@ -142,7 +147,7 @@ class Block(nn.Module):
         if o.qk_norm:
             q, k = Norm("rmsnorm", name="query_norm")(q), Norm("rmsnorm", name="key_norm")(k)
         if o.positions == "rope":
-            q, k = rotate(jnp.concatenate([q, k], axis=1), positions, o.rope_base, heads)
+            q, k = rotate(jnp.concatenate([q, k], axis=1), turn, heads)
         y, memory = attention(q, k, v, positions, past, lengths, self.context)
         y = jnp.swapaxes(y, 1, 2).reshape(x.shape)  # [B, T, D]
         x = x + Dropout(self.dropout, name="attention_dropout")(
@@ -153,20 +158,25 @@ class Block(nn.Module):
         return x, memory
 
 
-def rotate(
-    qk: Float[Array, "B H T K"], positions: Integer[Array | np.ndarray, "R T"], base: float, heads: int
-) -> tuple[Any, Any]:
-    """Turns each pair (j, j + K/2) by position * base^(-2j/K) (Su et al. 2021), then parts queries from keys.
+def angles(positions: Integer[Array | np.ndarray, "R T"], key_width: int, base: float) -> tuple[Any, Any]:
+    """Sines and cosines [R, 1, T, K/2] of position * base^(-2j/K) (Su et al. 2021); NumPy's, of NumPy positions.
 
     A position is split into 1024 a + b, and the angle of 1024 is reduced modulo a full turn in
     float64, so that the angles of a stream stay exact past a million tokens.
     """
-    half = qk.shape[-1] // 2
+    half = key_width // 2
     rate = base ** (-np.arange(half) / half)
-    coarse = jnp.asarray(1024 * rate % (2 * np.pi), jnp.float32)
+    coarse = np.asarray(1024 * rate % (2 * np.pi), np.float32)
     positions = positions[:, None, :, None]  # [R, 1, T, 1]
-    angle = (positions // 1024) * coarse + (positions % 1024) * jnp.asarray(rate, jnp.float32)
-    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    angle = (positions // 1024) * coarse + (positions % 1024) * np.asarray(rate, np.float32)
+    if isinstance(positions, np.ndarray):
+        return np.sin(angle).astype(np.float32), np.cos(angle).astype(np.float32)
+    return jnp.sin(angle), jnp.cos(angle)
+
+
+def rotate(qk: Float[Array, "B H T K"], turn: tuple[Any, Any], heads: int) -> tuple[Any, Any]:
+    """Turns each pair (j, j + K/2) by its angle, then parts queries from keys."""
+    sin, cos = turn
     a, b = jnp.split(qk.astype(jnp.float32), 2, -1)
     turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], -1).astype(qk.dtype)
     return turned[:, :heads], turned[:, heads:]
