@@ -40,7 +40,7 @@ def params_equal(a, b):
 
 
 def curve(workdir):
-    return [{k: v for k, v in row.items() if k != "speed/tokens_per_second"} for row in logs.read_metrics(workdir)]
+    return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in logs.read_metrics(workdir)]
 
 
 # --- what a run leaves behind
@@ -57,6 +57,8 @@ def test_a_run_leaves_its_config_its_curve_and_its_checkpoints(finished):
         assert evaluations[-1][key] == final[key]
     assert any(k.startswith("parameter_norm/") for k in evaluations[0])
     assert {"train/learning_rate", "train/grad_norm", "speed/tokens_per_second"} <= set(rows[0])
+    assert all(0 <= row["speed/waiting_for_data"] <= 1 for row in rows if "train/loss" in row)
+    assert rows[-1]["speed/compile_seconds"] > 0
     np.testing.assert_allclose(final["eval/bits_per_character"], final["eval/loss"] / math.log(2))
     assert "validation_stream/loss" in final
     assert json.loads((workdir / "overrides.json").read_text()) == {"data.window": 16}

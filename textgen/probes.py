@@ -158,7 +158,7 @@ def run_cell(cell: Cell, on_step: Callable[[int, float], None], stopping: Callab
         [tasks.Batches(cell.task, window=window, batch_size=config.data.batch_size, seed=s) for s, _ in cell.members]
     )
 
-    def read(first: int, count: int, rows: dict[str, np.ndarray], seconds: float) -> None:
+    def read(first: int, count: int, rows: dict[str, np.ndarray], timing: train.Timing) -> None:
         nats, tokens = rows["nats"][:, count - 1].sum(), rows["tokens"][:, count - 1].sum()
         on_step(first + count, float(nats / max(tokens, 1)))
 

@@ -30,6 +30,17 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+_compiling: list[float] = []  # seconds of each program that this process compiled, or took from the cache
+
+
+def _note_compilation(event: str, seconds: float, **_: Any) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        _compiling.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(_note_compilation)
+
+
 class Session:
     """One process's part of a run: `Session(config, workdir).run()`."""
 
@@ -39,7 +50,7 @@ class Session:
         Raises:
           UserError: whatever a user can get wrong; nothing that was saved is touched by it.
         """
-        self.began = time.perf_counter()
+        self.began, self.compiled = time.perf_counter(), len(_compiling)
         self.config, self.workdir, self.overrides = config, Path(workdir), dict(overrides or {})
         config_lib.check_overrides(config, self.overrides)
         self.resumed = (self.workdir / "config.json").exists()
@@ -207,10 +218,14 @@ class Session:
         for temperature, sample in zip(config.sample.temperatures, self._ladder(model), strict=True):
             show(f"\n[bold]--- temperature {temperature:g} " + "-" * 50)
             show(sample.prompt + sample.text, markup=False)
-        show(f"\ntook {_duration(time.perf_counter() - self.began)}; the curves and the samples of every evaluation:")
+        compiling = sum(_compiling[self.compiled :])
+        writer.scalars(step, {"speed/compile_seconds": compiling})
+        took = _duration(time.perf_counter() - self.began)
+        show(f"\ntook {took}, {compiling:.0f} s of it to compile; the curves and the samples of every evaluation:")
         show(f"  tensorboard --logdir {self.workdir.parent} --samples_per_plugin text=100")
         show("more text:")
-        show(f"  python -m experiments.sample --workdir={self.workdir} --prompt={shlex.quote(config.sample.prompt)}")
+        prompt = f" --prompt={shlex.quote(config.sample.prompt)}" if config.sample.prompt.isprintable() else ""
+        show(f"  python -m experiments.sample --workdir={self.workdir}{prompt}")
         return final
 
 

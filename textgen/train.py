@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -216,6 +216,18 @@ class Trainer:
         return nats, gradients, carry
 
 
+class Timing(NamedTuple):
+    """Of one dispatch, in seconds.
+
+    Attributes:
+      seconds: from the end of the one before to its own.
+      waited: of these, while the device had nothing to do because the tokens were not there yet; at most.
+    """
+
+    seconds: float
+    waited: float
+
+
 class Interrupted(Exception):
     """Training was asked to stop, and everything up to `step` is kept; None: between two runs of several."""
 
@@ -287,9 +299,9 @@ def loop(
     """
     config, tokens = trainer.config, 0
 
-    def read(first: int, count: int, rows: dict[str, np.ndarray], seconds: float) -> None:
+    def read(first: int, count: int, rows: dict[str, np.ndarray], timing: Timing) -> None:
         nonlocal tokens
-        for row in curve(config, batches.steps_per_epoch, first, count, rows, seconds):
+        for row in curve(config, batches.steps_per_epoch, first, count, rows, timing):
             on_row(*row)
         tokens += count * config.data.batch_size * config.data.window
         on_dispatch(first + count, float(rows["nats"][count - 1] / max(rows["tokens"][count - 1], 1)), tokens)
@@ -301,7 +313,7 @@ def loop(
 
 
 def curve(
-    config: Config, steps_per_epoch: float, first: int, count: int, rows: dict[str, np.ndarray], seconds: float
+    config: Config, steps_per_epoch: float, first: int, count: int, rows: dict[str, np.ndarray], timing: Timing
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """The rows of a run's curve, (step, metrics), that end within a dispatch of `count` steps after step `first`."""
     shape = optimizers.schedule(config.optimizer, config.train.steps)
@@ -317,7 +329,8 @@ def curve(
                     "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
                     "train/skipped_steps": float(rows["skipped"][i]),
                     "train/epoch": now_at / steps_per_epoch,
-                    "speed/tokens_per_second": count * config.data.batch_size * config.data.window / seconds,
+                    "speed/tokens_per_second": count * config.data.batch_size * config.data.window / timing.seconds,
+                    "speed/waiting_for_data": timing.waited / timing.seconds,
                 },
             )
 
@@ -327,7 +340,7 @@ def drive(
     state: Any,
     batches: Callable[[int, int], tuple],
     *,
-    read: Callable[[int, int, dict[str, np.ndarray], float], None],
+    read: Callable[[int, int, dict[str, np.ndarray], Timing], None],
     pauses: Sequence[Pause],
     save: Callable[[int, Any], None],
     stopping: Callable[[], bool],
@@ -336,30 +349,34 @@ def drive(
 
     Args:
       trainer: what has a `config` and a `dispatch`.
-      read: called with (first step, count, the dispatch's rows, its seconds) while the next one is under way.
+      read: called with (first step, count, the dispatch's rows, its timing) while the next one is under way.
       stopping: whether a stop was asked for; see `stop_on_signals`.
       pauses, save, and what is raised: as in `loop`.
     """
     total, most = trainer.config.train.steps, trainer.config.train.steps_per_dispatch
     step = int(np.ravel(state.step)[0])
-    pending: list[tuple[int, int, dict[str, Array]]] = []
+    pending: list[tuple[int, int, dict[str, Array], float]] = []
     clock = time.perf_counter()
 
     def read_oldest() -> None:
         nonlocal clock
-        first, count, device_rows = pending.pop()
+        first, count, device_rows, waited = pending.pop()
         rows = {name: np.asarray(values) for name, values in device_rows.items()}
         now = time.perf_counter()
-        seconds, clock = now - clock, now
-        read(first, count, rows, seconds)
+        timing, clock = Timing(now - clock, waited), now
+        read(first, count, rows, timing)
 
     while step < total:
         due = [(when(step), call) for when, call in pauses]
         count = int(min(most, total - step, *(end - step for end, _ in due)))
-        state, rows = trainer.dispatch(state, *batches(step, count))
+        began = time.perf_counter()
+        inputs = batches(step, count)
+        idle = all(leaf.is_ready() for entry in pending for leaf in entry[2].values())
+        waited = time.perf_counter() - began if idle else 0.0
+        state, rows = trainer.dispatch(state, *inputs)
         if pending:
             read_oldest()
-        pending.append((step, count, rows))
+        pending.append((step, count, rows, waited))
         step += count
         calls = [call for end, call in due if end == step]
         if calls or stopping() or step == total:

@@ -148,11 +148,11 @@ class Job:
                 writer.scalars(step, {"eval/loss": self.loss(i)})
                 writer.flush()
 
-        def read(first: int, count: int, rows: dict[str, np.ndarray], seconds: float) -> None:
-            self._progress["seconds"].append(seconds / count)
+        def read(first: int, count: int, rows: dict[str, np.ndarray], timing: train.Timing) -> None:
+            self._progress["seconds"].append(timing.seconds / count)
             for i, run in enumerate(self.runs):
                 mine = {name: values[i] for name, values in rows.items()}
-                for row in train.curve(run.config, self.batches.steps_per_epoch, first, count, mine, seconds):
+                for row in train.curve(run.config, self.batches.steps_per_epoch, first, count, mine, timing):
                     if opened:
                         opened[i].scalars(*row)
                 if mine["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
