@@ -7,7 +7,7 @@ trains. The machine's own limits are measured first: a large matrix product and 
 of the product's rate a job's own products make is its `of limit`.
 
     python -m experiments.benchmark --only=decode
-    python -m experiments.benchmark --only=sizes --json
+    python -m experiments.benchmark --only=sizes --page=sizes.html   # and a plot of cost against size
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -29,6 +30,9 @@ from experiments import launch
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed turns of each side.")
 _ONLY = flags.DEFINE_string("only", r"^(train|evaluate|decode|start)", "Jobs whose name this pattern finds.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+_PAGE = flags.DEFINE_string(
+    "page", None, "Write a page with the table, and with cost against size where it was measured."
+)
 
 STEPS, PROMPT, TEMPERATURE = 10, 6, 0.8
 
@@ -53,6 +57,7 @@ class Job:
     """One line of the table.
 
     Attributes:
+      shape: its size.
       tokens: of one call.
       flops: of its matrix products.
       ours: makes our call.
@@ -60,6 +65,7 @@ class Job:
     """
 
     name: str
+    shape: Shape
     tokens: int
     flops: float
     ours: Callable[[], Callable[[], None]]
@@ -169,16 +175,16 @@ def jobs() -> Iterator[Job]:
             if s.backbone == "transformer" and prefix == "train":  # PyTorch does not compile its LSTM
                 theirs["torch.compile"] = lambda s=s: peers.training(s, STEPS, compiled=True)
             name = f"{prefix} {s}" + (f" V{s.vocabulary}" if prefix == "sizes" else "")
-            yield Job(name, tokens, 3 * tokens * _flops(s), lambda s=s: training(s), theirs)
+            yield Job(name, s, tokens, 3 * tokens * _flops(s), lambda s=s: training(s), theirs)
     for s in EVALUATION:
         tokens = STEPS * s.rows * s.tokens
         theirs = {"PyTorch eager": lambda s=s: peers.evaluation(s, STEPS)}
-        yield Job(f"evaluate {s}", tokens, tokens * _flops(s), lambda s=s: evaluation(s), theirs)
+        yield Job(f"evaluate {s}", s, tokens, tokens * _flops(s), lambda s=s: evaluation(s), theirs)
     for s in DECODING:
         peer = "torch.nn.LSTM loop" if s.backbone == "lstm" else "transformers generate"
         theirs = {peer: lambda s=s: peers.generation(s, PROMPT, TEMPERATURE)}
         tokens = s.rows * s.tokens
-        yield Job(f"decode {s}", tokens, tokens * _flops(s), lambda s=s: decoding(s), theirs)
+        yield Job(f"decode {s}", s, tokens, tokens * _flops(s), lambda s=s: decoding(s), theirs)
 
 
 def _flops(shape: Shape) -> float:
@@ -239,6 +245,49 @@ def compare_launches() -> list[dict[str, Any]]:
     return rows
 
 
+def page(rows: list[dict[str, Any]], limit: dict[str, float]) -> str:
+    """The table as a page, with microseconds per token against each size that was varied."""
+    from textgen import pages
+
+    peers = list(dict.fromkeys(name for row in rows for name in row["peers"]))
+    short = lambda x: round(x) if x is not None and x >= 100 else x
+    cells = [
+        (row["job"], row["unit"], *map(short, (row["ours"], row["ratio"], *map(row["peers"].get, peers))))
+        for row in rows
+    ]
+    speed = f"{limit['flops'] / 1e9:,.0f} GFLOP/s of a large matrix product, {limit['bytes'] / 1e9:,.1f} GB/s of a copy"
+    parts = [
+        pages.paragraph(f"{os.cpu_count()} cores, {platform.machine()}: {speed}.", "lead"),
+        pages.table(("job", "unit", "ours", "ratio", *peers), cells),
+    ]
+    swept = [row for row in rows if row["job"].startswith("sizes")]
+    if swept:
+
+        def draw(drawing: Any) -> None:
+            from matplotlib.ticker import LogLocator
+
+            fields = ("rows", "tokens", "width", "vocabulary")
+            for axes, field in zip(drawing.subplots(1, len(fields), sharey=True), fields, strict=True):
+                size = lambda row, field=field: getattr(row["shape"], field)
+                alike = lambda row: dataclasses.replace(SMALL, **{field: size(row)}) == row["shape"]  # noqa: B023
+                same = sorted(filter(alike, swept), key=size)
+                sizes = list(map(size, same))
+                axes.loglog(sizes, [1e6 / row["ours"] for row in same], "o-", label="ours")
+                for name in dict.fromkeys(name for row in same for name in row["peers"]):
+                    axes.loglog(sizes, [1e6 / row["peers"][name] for row in same], "o-", label=name)
+                axes.set_xticks(sizes, [str(size) for size in sizes])
+                axes.minorticks_off()
+                axes.set_xlabel({"rows": "batch", "tokens": "window"}.get(field, field))
+            drawing.axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            drawing.axes[0].yaxis.set_major_formatter("{x:g}")
+            drawing.axes[0].set_ylabel("microseconds per token")
+            drawing.axes[0].legend()
+
+        caption = f"Training, one size varied at a time from {SMALL}, vocabulary {SMALL.vocabulary}."
+        parts.append(pages.section("Cost against size", pages.figure(draw, size=(10, 3.4), caption=caption)))
+    return pages.page("Benchmark", *parts)
+
+
 def main() -> None:
     from textgen.config import UserError, require
 
@@ -269,15 +318,17 @@ def main() -> None:
         rate = {name: job.tokens / t for name, t in took.items()}
         ours = rate.pop("ours")
         of_limit = job.flops / took["ours"] / limit["flops"]
-        row = {"job": job.name, "unit": "tokens/s", "ours": ours, "peers": rate}
+        row = {"job": job.name, "shape": job.shape, "unit": "tokens/s", "ours": ours, "peers": rate}
         show(row | {"ratio": ours / max(rate.values()), "of_limit": of_limit})
     if starts:
         for row in compare_launches():
             show(row)
+    if _PAGE.value:
+        Path(_PAGE.value).write_text(page(rows, limit), encoding="utf-8")
     if _JSON.value:
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         machine = {"machine": platform.processor(), "cores": os.cpu_count(), "limits": limit}
-        print(json.dumps({**machine, **versions, "rows": rows}, indent=1))
+        print(json.dumps({**machine, **versions, "rows": rows}, indent=1, default=dataclasses.asdict))
 
 
 if __name__ == "__main__":
