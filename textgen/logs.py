@@ -11,8 +11,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
-from tensorboardX import SummaryWriter
-from tensorboardX import summary as tbx_summary
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.histogram.metadata import create_summary_metadata as histogram_metadata
+from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.text.metadata import create_summary_metadata as text_metadata
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.util.tensor_util import make_tensor_proto
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -25,8 +31,10 @@ class Writer:
         self.workdir = workdir
         _forget_after(workdir, start_step)
         self._rows = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-        # purge_step tells a TensorBoard that is open already to drop what lies beyond.
-        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1, flush_secs=10)
+        self._board = EventFileWriter(str(workdir), flush_secs=10)
+        # A TensorBoard that is open already drops what lies at or beyond this step.
+        begun = SessionLog(status=SessionLog.START)
+        self._board.add_event(Event(wall_time=time.time(), step=start_step + 1, session_log=begun))
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of metrics.jsonl, and a point of each curve. What is not finite is null in the row."""
@@ -34,17 +42,19 @@ class Writer:
         self._rows.write(json.dumps(row) + "\n")
         self._rows.flush()
         for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+            self._add(step, Summary.Value(tag=name, simple_value=value))
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text, shown as it is: the tab renders Markdown, so each line is indented into a block."""
-        self._board.add_text(name, "\n".join("    " + line for line in text.split("\n")), step)
+        block = "\n".join("    " + line for line in text.split("\n"))
+        self._tensor(step, name, np.array([block.encode()], object), text_metadata("", ""))
 
     def histogram(self, step: int, name: str, values: np.ndarray) -> None:
-        self._board.add_histogram(name, values, step)
+        counts, edges = np.histogram(values, bins=30)
+        self._tensor(step, name, np.stack([edges[:-1], edges[1:], counts], 1), histogram_metadata("", ""))
 
-    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The run's settings and final metrics for the HParams tab, in the run's own folder.
+    def hparams(self, settings: Mapping[str, Any]) -> None:
+        """The run's settings, for the HParams tab, in the run's own folder; its metrics are the run's scalars.
 
         The experiment's summary is left out on purpose: with several runs TensorBoard would show
         the columns of one of them only; without it, it works out the columns from all.
@@ -52,9 +62,22 @@ class Writer:
         plain = {
             k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None
         }
-        _, started, ended = tbx_summary.hparams(plain, dict(metrics))
-        for event in (started, ended):
-            self._board.file_writer.add_summary(event)
+        (started,) = summary_v2.hparams_pb(plain, trial_id="/".join(self.workdir.parts[-2:])).value
+        end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
+        data = hparams_metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
+        self._add(0, started)
+        self._add(
+            0,
+            Summary.Value(
+                tag=hparams_metadata.SESSION_END_INFO_TAG, metadata=data, tensor=hparams_metadata.NULL_TENSOR
+            ),
+        )
+
+    def _tensor(self, step: int, name: str, value: np.ndarray, metadata: SummaryMetadata) -> None:
+        self._add(step, Summary.Value(tag=name, metadata=metadata, tensor=make_tensor_proto(value)))
+
+    def _add(self, step: int, value: Summary.Value) -> None:
+        self._board.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
 
     def flush(self) -> None:
         self._board.flush()
@@ -93,7 +116,6 @@ def _forget_after(workdir: Path, step: int) -> None:
     if not files:
         return
     from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     for file in files:

@@ -158,7 +158,6 @@ class Session:
             ]
         if start:
             logs.console.print(f"resuming at step {start}")
-        final: dict[str, float] = {}
         try:
             with profile, logs.Display(config.train.steps, start) as display:
                 state = train.loop(
@@ -171,8 +170,7 @@ class Session:
                     save=save,
                 )
             checkpoints.wait()
-            final = self._finish(int(state.step), state.eval_params, writer)
-            return final
+            return self._finish(int(state.step), state.eval_params, writer)
         except train.Diverged:
             checkpoints.wait()
             kept = checkpoints.steps()
@@ -183,7 +181,7 @@ class Session:
                 "Lower optimizer.learning_rate, or set optimizer.clip_norm=1.0."
             ) from None
         finally:
-            writer.hparams(config_lib.flatten(config_lib.to_dict(config)), {f"final/{k}": v for k, v in final.items()})
+            writer.hparams(config_lib.flatten(config_lib.to_dict(config)))
             writer.close()
             checkpoints.close()
 
@@ -250,7 +248,6 @@ class CountingSession(Session):
         checkpoints_lib.save_setup(self.workdir, self.config, self.overrides, self.dataset.tokenizer)
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, self.config.checkpoint.keep)
         writer = logs.Writer(self.workdir, 0)
-        final: dict[str, float] = {}
         try:
             state = Counted(jax.tree.map(jnp.asarray, self.tables))
             final = self._finish(1, state.eval_params, writer)
@@ -260,9 +257,7 @@ class CountingSession(Session):
             checkpoints.wait()
             return final
         finally:
-            writer.hparams(
-                config_lib.flatten(config_lib.to_dict(self.config)), {f"final/{k}": v for k, v in final.items()}
-            )
+            writer.hparams(config_lib.flatten(config_lib.to_dict(self.config)))
             writer.close()
             checkpoints.close()
 

@@ -233,7 +233,7 @@ class Session:
         samples = _samples(job.model(index))
         for sample in samples:
             writer.text(last, f"samples/temperature {sample['temperature']:g}", sample["prompt"] + sample["text"])
-        writer.hparams({"arm": run.arm} | config_lib.flatten(config_lib.to_dict(run.config)), {"final/eval/loss": loss})
+        writer.hparams({"arm": run.arm} | config_lib.flatten(config_lib.to_dict(run.config)))
         writer.close()
         checkpoints = checkpoints_lib.Checkpoints(folder, 1)
         checkpoints.save(last, job.member(index), loss)
