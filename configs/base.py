@@ -42,6 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.context = placeholder(int)  # tokens that attention sees; None: data.window
     config.model.compute_dtype = "float32"  # float32, bfloat16; parameters stay float32
     config.model.remat = False  # recompute activations in the backward pass: less memory, more time
+    config.model.scan_layers = False  # one loop over the layers: compile time does not grow with depth
     config.model.transformer = ConfigDict()  # read by the hybrid too
     config.model.transformer.heads = 4  # H
     config.model.transformer.kv_heads = placeholder(int)  # key/value heads shared by groups; None: heads

@@ -78,6 +78,7 @@ def test_there_and_back_through_json():
         ({"model__mingru__feed_forward_width": 0}, "model.mingru.feed_forward_width must be above 0, got 0"),
         ({"model__backbone": "hybrid", "model__width": 18}, "heads=4 must divide model.width=18"),
         ({"model__transformer__kv_heads": 3}, "kv_heads=3 must divide model.transformer.heads=4"),
+        ({"model__backbone": "hybrid", "model__scan_layers": True}, "model.scan_layers goes with .* got 'hybrid'"),
         ({"model__dropout": 1.0}, r"model.dropout must lie in \[0, 1\), got 1.0"),
         ({"model__norm": "rmsnrm"}, "must be one of 'rmsnorm', 'layernorm', got 'rmsnrm'. Did you mean 'rmsnorm'"),
         ({"optimizer__learning_rate": -1.0}, "optimizer.learning_rate must be above 0"),
