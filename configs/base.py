@@ -50,6 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.transformer.activation = "gelu"  # gelu, swiglu, relu2
     config.model.transformer.positions = "rope"  # rope, learned
     config.model.transformer.rope_base = 10_000.0  # longest wavelength / 2 pi, in tokens
+    config.model.transformer.attention = "auto"  # plain, fused; auto: fused where cuDNN's can be had, else plain
     config.model.transformer.qk_norm = False  # RMS-normalise queries and keys
     config.model.ngram = ConfigDict()
     config.model.ngram.order = 7  # tokens of the longest n-grams, the predicted one included

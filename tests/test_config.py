@@ -81,6 +81,7 @@ def test_there_and_back_through_json():
         ({"model__backbone": "hybrid", "model__scan_layers": True}, "model.scan_layers goes with .* got 'hybrid'"),
         ({"model__dropout": 1.0}, r"model.dropout must lie in \[0, 1\), got 1.0"),
         ({"model__norm": "rmsnrm"}, "must be one of 'rmsnorm', 'layernorm', got 'rmsnrm'. Did you mean 'rmsnorm'"),
+        ({"model__transformer__attention": "fusd"}, "must be one of 'auto', 'plain', 'fused', .* mean 'fused'"),
         ({"optimizer__learning_rate": -1.0}, "optimizer.learning_rate must be above 0"),
         ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate must be finite"),
         ({"optimizer__warmup_steps": 12}, "warmup_steps=12 must be below train.steps=12"),

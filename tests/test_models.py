@@ -1,5 +1,7 @@
 """The contract that every backbone keeps, for every name in BACKBONES."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +10,9 @@ from conftest import BACKBONES, SCANNED, noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textgen import models
+from textgen import errors, models
 from textgen.models import gru, lstm, mingru
-from textgen.models.transformer import attend
+from textgen.models.transformer import attend, choose_implementation, fused
 
 V = 11
 # What keeps the whole contract, and the variants that differ in how they treat the past.
@@ -19,6 +21,7 @@ VARIANTS = [
     *CONTRACT,
     ("transformer", {"model.transformer.kv_heads": 2, "model.transformer.qk_norm": True}),
     ("transformer", {"model.context": 5}),
+    ("transformer", {"model.transformer.attention": "fused", "model.context": 6}),
     ("transformer", {"model.transformer.positions": "learned", "model.context": 32, "model.norm": "layernorm"}),
     ("transformer", {"model.transformer.activation": "swiglu", "model.tie_embedding": True}),
     ("mingru", {"model.mingru.activation": "swiglu", "model.norm": "layernorm"}),
@@ -320,6 +323,68 @@ def test_attention_equals_a_loop_over_tokens(rows, steps, context, heads, seed):
                 weights = np.exp(scores - scores.max())
                 expected = weights @ v[b, head * g // h, near] / weights.sum()
                 np.testing.assert_allclose(got[b, head, t], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("context", [1, 3, 6, 9])
+def test_fused_attention_and_its_gradients_equal_the_plain(context):
+    random = np.random.default_rng(0)
+    q = random.standard_normal((2, 4, 6, 8)).astype(np.float32)
+    k, v = random.standard_normal((2, 2, 2, 6, 8)).astype(np.float32)
+    positions = np.arange(6, dtype=np.int32)[None]
+    plain = lambda q, k, v: attend(q, [(k, v, positions)], positions, context)
+    both = lambda f: jax.jit(lambda *a: (f(*a), jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*a)))
+    jax.tree.map(close, both(lambda *a: fused(*a, context, "xla"))(q, k, v), both(plain)(q, k, v))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a GPU that has cuDNN's attention, as far as tracing asks."""
+    devices = [types.SimpleNamespace(platform="gpu", compute_capability="9.0")]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91_000)
+    return devices[0]
+
+
+BF16 = {"model.compute_dtype": "bfloat16", "model.width": 64}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "overrides", "capability", "implementation"),
+    [
+        ("auto", {}, "9.0", "cudnn"),
+        ("fused", {}, "8.0", "cudnn"),
+        ("plain", {}, "9.0", None),
+        ("auto", {}, "7.5", None),
+        ("auto", {}, "gfx90a", None),
+        ("auto", {"model.compute_dtype": "float32"}, "9.0", None),
+        ("fused", {"model.compute_dtype": "float32"}, "9.0", "xla"),
+        ("auto", {"model.width": 48}, "9.0", None),
+        ("auto", {"model.width": 1024}, "9.0", None),
+    ],
+)
+def test_cudnns_attention_is_taken_where_it_can_be_had(chosen, overrides, capability, implementation, hopper):
+    hopper.compute_capability = capability
+    config = tiny({"model.transformer.attention": chosen} | BF16 | overrides)
+    assert choose_implementation(config.model) == implementation
+
+
+def test_cudnns_attention_is_in_the_program_for_a_gpu(hopper):
+    model = models.build(tiny({"model.context": 5, "model.transformer.kv_heads": 2} | BF16), V)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    loss = jax.grad(lambda p: jnp.sum(model.apply(p, random_tokens(2, 16))[0]))
+    text = jax.jit(loss).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+
+
+def test_on_a_cpu_auto_is_plain_and_fused_is_xlas_and_says_so_once(capsys):
+    errors.note.cache_clear()
+    program = {}
+    for chosen in ("auto", "plain", "fused"):
+        for _ in range(2):
+            model, params = make("transformer", {"model.transformer.attention": chosen})
+            program[chosen] = jax.jit(model.apply).lower({"params": params}, random_tokens(2, 6)).as_text()
+    assert program["auto"] == program["plain"] != program["fused"]
+    assert capsys.readouterr().err.count("XLA's, as cuDNN's cannot be had") == 1
 
 
 def test_rotary_attention_knows_distances_alone():

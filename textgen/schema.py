@@ -73,6 +73,7 @@ class TransformerConfig:
     positions: Literal["rope", "learned"]
     rope_base: float
     qk_norm: bool
+    attention: Literal["auto", "plain", "fused"] = "auto"
 
     def __post_init__(self):
         _positive(self, "model.transformer", "heads", "kv_heads", "feed_forward_width", "rope_base")

@@ -1,7 +1,8 @@
 """A pre-norm Transformer decoder (Vaswani et al. 2017; Radford et al. 2019).
 
 Rotary positions: Su et al. 2021. Grouped-query attention: Ainslie et al. 2023. SwiGLU: Shazeer
-2020. Squared ReLU: So et al. 2021. Normalised queries and keys: Henry et al. 2020.
+2020. Squared ReLU: So et al. 2021. Normalised queries and keys: Henry et al. 2020. Fused attention:
+Dao et al. 2022.
 """
 
 import functools
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig, TransformerConfig
+from textgen.errors import note
 from textgen.models.layers import (
     Dropout,
     Linear,
@@ -60,6 +62,7 @@ class Transformer(nn.Module):
     remat: bool = False
     scan_layers: bool = False
     dtype: jnp.dtype = jnp.float32
+    implementation: str | None = None  # of `fused`; None: `attend` instead
 
     @classmethod
     def from_config(cls, config: ModelConfig, context: int) -> "Transformer":
@@ -73,6 +76,7 @@ class Transformer(nn.Module):
             config.remat,
             config.scan_layers,
             jnp.dtype(config.compute_dtype),
+            choose_implementation(config),
         )
 
     @property
@@ -104,7 +108,9 @@ class Transformer(nn.Module):
         if self.scan_layers:
             every = nn.broadcast
             kind, name = scanned(kind, self.layers, (every, 1, every, every)), "blocks"
-        return kind(self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, name=name)
+        return kind(
+            self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, self.implementation, name=name
+        )
 
     @nn.compact
     def __call__(
@@ -155,6 +161,7 @@ class Block(nn.Module):
     norm: str
     dropout: float
     dtype: jnp.dtype
+    implementation: str | None
 
     @nn.compact
     def __call__(self, x: Any, places: Any, memory: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
@@ -171,7 +178,7 @@ class Block(nn.Module):
             q, k = Norm("rmsnorm", name="query_norm")(q), Norm("rmsnorm", name="key_norm")(k)
         if o.positions == "rope":
             q, k = rotate(jnp.concatenate([q, k], axis=1), turn, heads)
-        y, memory = attention(q, k, v, positions, memory, written, lengths, self.context)
+        y, memory = attention(q, k, v, positions, memory, written, lengths, self.context, self.implementation)
         y = jnp.swapaxes(y, 1, 2).reshape(x.shape)  # [B, T, D]
         x = x + Dropout(self.dropout, name="attention_dropout")(
             linear(width, "out", residual_init(self.layers))(y), train
@@ -179,6 +186,28 @@ class Block(nn.Module):
 
         x = feed_forward(x, o.feed_forward_width, o.activation, self.layers, self.norm, self.dropout, self.dtype, train)
         return x, memory
+
+
+def choose_implementation(config: ModelConfig) -> str | None:
+    """Of `fused`, for a config and the device at hand: "cudnn" or "xla"; None: `attend`.
+
+    cuDNN's takes bfloat16, an NVIDIA GPU from Ampere on (compute capability 8), and heads whose
+    width is a multiple of 8, at most 128. XLA's is no faster than `attend`, so "auto" leaves it out.
+    """
+    key_width = config.width // config.transformer.heads
+    cudnn = config.compute_dtype == "bfloat16" and key_width % 8 == 0 and key_width <= 128 and _ampere()
+    if config.transformer.attention == "fused" and not cudnn:
+        note(
+            "model.transformer.attention='fused': XLA's, as cuDNN's cannot be had. That takes an NVIDIA GPU from "
+            "Ampere on, model.compute_dtype='bfloat16', and model.width / heads a multiple of 8, at most 128."
+        )
+        return "xla"
+    return "cudnn" if cudnn and config.transformer.attention != "plain" else None
+
+
+def _ampere() -> bool:
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # '9.0'; 'gfx90a' is AMD's
+    return capability.split(".")[0].isdigit() and float(capability) >= 8
 
 
 def angles(positions: Integer[Array | np.ndarray, "R T"], key_width: int, base: float) -> tuple[Any, Any]:
@@ -206,7 +235,15 @@ def rotate(qk: Float[Array, "B H T K"], turn: tuple[Any, Any], heads: int) -> tu
 
 
 def attention(
-    q: Any, k: Any, v: Any, positions: Any, memory: Any, written: Any, lengths: Any, context: int
+    q: Any,
+    k: Any,
+    v: Any,
+    positions: Any,
+    memory: Any,
+    written: Any,
+    lengths: Any,
+    context: int,
+    implementation: str | None,
 ) -> tuple[Any, Any]:
     """Attention of T new tokens to themselves and to the past, and the past with them added.
 
@@ -217,7 +254,10 @@ def attention(
       q: [B, H, T, K]; k, v: [B, G, T, K]; positions: [B or 1, T].
       memory, written: of one layer, as in Carry; None: there is no past.
       lengths: [B] or None.
+      implementation: of `fused`, which may compute what has no past; None: `attend` does.
     """
+    if memory is None and implementation is not None:
+        return fused(q, k, v, context, implementation), None
     if memory is None:
         return attend(q, [(k, v, positions)], positions, context), None
     keys, values = memory
@@ -240,6 +280,19 @@ def attention(
     order = jnp.where(order < slots, (written[0] + order) % slots, order)[:, None, :, None]
     join = lambda ring, new: jnp.take_along_axis(jnp.concatenate([ring, new], axis=2), order, axis=2)
     return y, (join(keys, k), join(values, v))
+
+
+def fused(q: Any, k: Any, v: Any, context: int, implementation: str) -> Float[Array, "B H T K"]:
+    """Causal attention of T tokens with no past to the last `context`, by `jax.nn.dot_product_attention`.
+
+    Args:
+      q: [B, H, T, K]; k, v: [B, G, T, K].
+      implementation: "cudnn", which holds no [T, T] and skips what is not seen, or "xla".
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, T, H or G, K]
+    near = (context - 1, 0) if context < q.shape[1] else None  # tokens before and after
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=near, implementation=implementation)
+    return jnp.swapaxes(y, 1, 2)
 
 
 def attend(q: Any, parts: Sequence[tuple[Any, Any, Any]], q_positions: Any, context: int) -> Float[Array, "B H T K"]:
