@@ -90,5 +90,6 @@ def text_file(tmp_path):
 
 
 BACKBONES = sorted(models.BACKBONES)
+SCANNED = ["mingru", "transformer"]  # those that offer model.scan_layers
 # GRU and hybrid are made of the others' parts: where the contract is not the subject, these stand for them.
 SOME_BACKBONES = ["lstm", "mingru", "transformer"]

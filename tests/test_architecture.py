@@ -30,6 +30,7 @@ BESIDE = {
     ("generate", "parallel"),
     ("generate", "sampling"),
     ("decoding", "decoders"),
+    ("optimizers", "parallel"),
     ("run", "assess"),
 }
 BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}

@@ -1,22 +1,27 @@
 """The contract that every backbone keeps, for every name in BACKBONES."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import BACKBONES, noisy_params, tiny
+from conftest import BACKBONES, SCANNED, noisy_params, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from textgen import models
+from textgen import errors, models
 from textgen.models import gru, lstm, mingru
-from textgen.models.transformer import attend
+from textgen.models.transformer import attend, choose_implementation, fused
 
 V = 11
-# The variants that differ in how they treat the past.
-VARIANTS = [(name, {}) for name in BACKBONES] + [
+# What keeps the whole contract, and the variants that differ in how they treat the past.
+CONTRACT = [*((name, {}) for name in BACKBONES), *((name, {"model.scan_layers": True}) for name in SCANNED)]
+VARIANTS = [
+    *CONTRACT,
     ("transformer", {"model.transformer.kv_heads": 2, "model.transformer.qk_norm": True}),
     ("transformer", {"model.context": 5}),
+    ("transformer", {"model.transformer.attention": "fused", "model.context": 6}),
     ("transformer", {"model.transformer.positions": "learned", "model.context": 32, "model.norm": "layernorm"}),
     ("transformer", {"model.transformer.activation": "swiglu", "model.tie_embedding": True}),
     ("mingru", {"model.mingru.activation": "swiglu", "model.norm": "layernorm"}),
@@ -25,13 +30,16 @@ VARIANTS = [(name, {}) for name in BACKBONES] + [
 
 
 def name_of(variant):
-    return f"{variant[0]}-{'-'.join(map(str, variant[1].values()))}"
+    name, overrides = variant
+    return "-".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in overrides.items())])
 
 
-def make(name, overrides=None, seed=0):
-    config = tiny({"model.backbone": name, "model.layers": 2} | (overrides or {}))
-    model = models.build(config, V)
-    return model, noisy_params(model, seed)
+def make(name, *overrides):
+    config = {"model.backbone": name, "model.layers": 2}
+    for more in overrides:
+        config |= more
+    model = models.build(tiny(config), V)
+    return model, noisy_params(model)
 
 
 @pytest.fixture(params=VARIANTS, ids=name_of, scope="module")
@@ -117,9 +125,9 @@ def test_no_prediction_depends_on_what_comes_after_it(built):
         assert np.abs(np.asarray(before[:, t]) - np.asarray(after[:, t])).max() > 1e-4  # but does depend on its own
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_past_is_used(name):
-    model, params = make(name)
+@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+def test_the_past_is_used(variant):
+    model, params = make(*variant)
     tokens = random_tokens(1, 8)
     other = tokens.copy()
     other[0, 0] = (other[0, 0] + 1) % V
@@ -127,16 +135,16 @@ def test_the_past_is_used(name):
     assert np.abs(np.asarray(apply(tokens) - apply(other)))[0, -1].max() > 1e-4
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_batch_is_the_first_axis_of_every_carry_leaf(name):
-    model, _ = make(name)
+@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+def test_the_batch_is_the_first_axis_of_every_carry_leaf(variant):
+    model, _ = make(*variant)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(model.init_carry(5, 9))} == {5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BACKBONES)
-def test_eval_shape_and_vmap_over_seeds(name):
-    model, _ = make(name)
+@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+def test_eval_shape_and_vmap_over_seeds(variant):
+    model, _ = make(*variant)
     tokens = random_tokens(2, 6)
     init = jax.jit(lambda key: model.init(key, tokens[:1, :1])["params"])
     logits = jax.jit(lambda p: model.apply({"params": p}, tokens)[0])
@@ -149,31 +157,31 @@ def test_eval_shape_and_vmap_over_seeds(name):
         close(together[i], logits(init(key)))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_gradients_reach_every_parameter_and_remat_changes_nothing(name):
+@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+def test_gradients_reach_every_parameter_and_remat_changes_nothing(variant):
     tokens = random_tokens(2, 8)
-    plain, params = make(name)
-    model, _ = make(name, {"model.remat": True})
+    plain, params = make(*variant)
+    model, _ = make(*variant, {"model.remat": True})
     gradient = lambda m: jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(m.apply({"params": p}, tokens)[0]))))(params)
     expected, got = gradient(plain), gradient(model)
     jax.tree.map(lambda a, b: close(a, b, 1e-4), expected, got)
     assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(got))
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_bfloat16_stays_near_float32(name):
+@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+def test_bfloat16_stays_near_float32(variant):
     tokens = random_tokens(2, 8)
-    model, params = make(name)
-    half, _ = make(name, {"model.compute_dtype": "bfloat16"})
+    model, params = make(*variant)
+    half, _ = make(*variant, {"model.compute_dtype": "bfloat16"})
     a, b = jax.jit(lambda p: (model.apply({"params": p}, tokens)[0], half.apply({"params": p}, tokens)[0]))(params)
     assert b.dtype == jnp.float32
     assert np.abs(np.asarray(a - b)).mean() < 0.1 * np.abs(np.asarray(a)).mean()
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_dropout_is_off_unless_training_and_keeps_the_mean(name):
-    model, params = make(name, {"model.dropout": 0.5})
-    plain, _ = make(name)
+@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+def test_dropout_is_off_unless_training_and_keeps_the_mean(variant):
+    model, params = make(*variant, {"model.dropout": 0.5})
+    plain, _ = make(*variant)
     tokens = random_tokens(2, 8)
     run = jax.jit(lambda key: model.apply({"params": params}, tokens, train=True, rngs={"dropout": key})[0])
     still = lambda m: jax.jit(lambda p: m.apply({"params": p}, tokens)[0])(params)
@@ -186,10 +194,11 @@ def test_the_count_of_operations_is_xlas(variant):
     name, overrides = variant
     sizes = {"model.width": 128, "model.context": 512}
     sizes |= {f"model.{group}.feed_forward_width": 320 for group in ("transformer", "mingru")}
-    config = tiny({"model.backbone": name, "model.layers": 2} | overrides | sizes)
+    layers = 1 if "model.scan_layers" in overrides else 2
+    config = tiny({"model.backbone": name, "model.layers": layers} | overrides | sizes)
     model = models.build(config, V)
-    # A scan's body is counted once, so nets with a loop over time take one token. The whole square of
-    # attention is computed: as much as the causal half of a window nearly twice as long.
+    # A scan's body is counted once, so nets with a loop over time take one token, and one over layers has one
+    # layer. The whole square of attention is computed: as much as the causal half of a window nearly twice as long.
     for steps in (1, 64) if name == "transformer" else (1,):
         tokens = jax.ShapeDtypeStruct((8, steps), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), tokens)
@@ -314,6 +323,68 @@ def test_attention_equals_a_loop_over_tokens(rows, steps, context, heads, seed):
                 weights = np.exp(scores - scores.max())
                 expected = weights @ v[b, head * g // h, near] / weights.sum()
                 np.testing.assert_allclose(got[b, head, t], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("context", [1, 3, 6, 9])
+def test_fused_attention_and_its_gradients_equal_the_plain(context):
+    random = np.random.default_rng(0)
+    q = random.standard_normal((2, 4, 6, 8)).astype(np.float32)
+    k, v = random.standard_normal((2, 2, 2, 6, 8)).astype(np.float32)
+    positions = np.arange(6, dtype=np.int32)[None]
+    plain = lambda q, k, v: attend(q, [(k, v, positions)], positions, context)
+    both = lambda f: jax.jit(lambda *a: (f(*a), jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*a)))
+    jax.tree.map(close, both(lambda *a: fused(*a, context, "xla"))(q, k, v), both(plain)(q, k, v))
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """As on a GPU that has cuDNN's attention, as far as tracing asks."""
+    devices = [types.SimpleNamespace(platform="gpu", compute_capability="9.0")]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91_000)
+    return devices[0]
+
+
+BF16 = {"model.compute_dtype": "bfloat16", "model.width": 64}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "overrides", "capability", "implementation"),
+    [
+        ("auto", {}, "9.0", "cudnn"),
+        ("fused", {}, "8.0", "cudnn"),
+        ("plain", {}, "9.0", None),
+        ("auto", {}, "7.5", None),
+        ("auto", {}, "gfx90a", None),
+        ("auto", {"model.compute_dtype": "float32"}, "9.0", None),
+        ("fused", {"model.compute_dtype": "float32"}, "9.0", "xla"),
+        ("auto", {"model.width": 48}, "9.0", None),
+        ("auto", {"model.width": 1024}, "9.0", None),
+    ],
+)
+def test_cudnns_attention_is_taken_where_it_can_be_had(chosen, overrides, capability, implementation, hopper):
+    hopper.compute_capability = capability
+    config = tiny({"model.transformer.attention": chosen} | BF16 | overrides)
+    assert choose_implementation(config.model) == implementation
+
+
+def test_cudnns_attention_is_in_the_program_for_a_gpu(hopper):
+    model = models.build(tiny({"model.context": 5, "model.transformer.kv_heads": 2} | BF16), V)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    loss = jax.grad(lambda p: jnp.sum(model.apply(p, random_tokens(2, 16))[0]))
+    text = jax.jit(loss).trace(params).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+
+
+def test_on_a_cpu_auto_is_plain_and_fused_is_xlas_and_says_so_once(capsys):
+    errors.note.cache_clear()
+    program = {}
+    for chosen in ("auto", "plain", "fused"):
+        for _ in range(2):
+            model, params = make("transformer", {"model.transformer.attention": chosen})
+            program[chosen] = jax.jit(model.apply).lower({"params": params}, random_tokens(2, 6)).as_text()
+    assert program["auto"] == program["plain"] != program["fused"]
+    assert capsys.readouterr().err.count("XLA's, as cuDNN's cannot be had") == 1
 
 
 def test_rotary_attention_knows_distances_alone():

@@ -1,6 +1,8 @@
 """What a user can mend, said in one line."""
 
 import difflib
+import functools
+import sys
 from collections.abc import Iterable
 
 
@@ -13,6 +15,12 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names)}."
+
+
+@functools.cache
+def note(text: str) -> None:
+    """Says on stderr, once in a process, that something is done in another way than was asked for."""
+    print(text, file=sys.stderr)
 
 
 def require(condition: object, message: str) -> None:

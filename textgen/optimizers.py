@@ -7,6 +7,7 @@ import optax
 from optax import contrib
 
 from textgen.config import OptimizerConfig
+from textgen.parallel import layer_axes
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -31,7 +32,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def is_matrix(path: Any, leaf: Any) -> bool:
     """A weight that multiplies vectors: not an embedding or position table, a norm's scale or a bias."""
-    return leaf.ndim >= 2 and str(getattr(path[-1], "key", "")) not in ("embedding", "positions")
+    return leaf.ndim - layer_axes(path) >= 2 and str(getattr(path[-1], "key", "")) not in ("embedding", "positions")
 
 
 def build(config: OptimizerConfig, steps: int, learning_rate: Any = None) -> optax.GradientTransformation:
@@ -78,10 +79,13 @@ def build(config: OptimizerConfig, steps: int, learning_rate: Any = None) -> opt
 
 
 def _muon_dimensions(params: Any) -> Any:
-    """Which parameters muon moves, for optax: dimension numbers, or None for AdamW's."""
+    """Which parameters muon moves, for optax: dimension numbers, or None for AdamW's.
+
+    An axis of layers before these two is a batch of matrices, each orthogonalised by itself.
+    """
 
     def dimensions(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
         head = any(getattr(p, "key", "") == "head" for p in path)
-        return contrib.MuonDimensionNumbers() if is_matrix(path, leaf) and not head else None
+        return contrib.MuonDimensionNumbers(-2, -1) if is_matrix(path, leaf) and not head else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

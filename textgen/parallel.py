@@ -53,21 +53,27 @@ def put(value: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
+def layer_axes(path: Any) -> int:
+    """1 where a parameter's first axis counts layers: those of scanned blocks, named so in textgen/models; else 0."""
+    return int(any(getattr(key, "key", None) == "blocks" for key in path))
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A sharding for each leaf of a state: its last axis over tensor, the largest other one over fsdp.
 
-    What an axis does not divide, and vectors, stay whole. An optimizer's moments have the shapes
-    of the parameters, and so their places.
+    What an axis does not divide, vectors, and an axis of layers stay whole. An optimizer's moments
+    have the names and shapes of the parameters, and so their places.
     """
 
-    def place(leaf: Any) -> NamedSharding:
+    def place(path: Any, leaf: Any) -> NamedSharding:
         spec: list[str | None] = [None] * leaf.ndim
-        if leaf.ndim >= 2:
+        layers = layer_axes(path)
+        if leaf.ndim - layers >= 2:
             if leaf.shape[-1] % mesh.shape["tensor"] == 0 and mesh.shape["tensor"] > 1:
                 spec[-1] = "tensor"
-            rest = [i for i in range(leaf.ndim) if spec[i] is None and leaf.shape[i] % mesh.shape["fsdp"] == 0]
+            rest = [i for i in range(layers, leaf.ndim) if spec[i] is None and leaf.shape[i] % mesh.shape["fsdp"] == 0]
             if rest and mesh.shape["fsdp"] > 1:
                 spec[max(rest, key=lambda i: leaf.shape[i])] = "fsdp"
         return NamedSharding(mesh, P(*spec))
 
-    return jax.tree.map(place, tree)
+    return jax.tree_util.tree_map_with_path(place, tree)

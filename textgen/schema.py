@@ -73,6 +73,7 @@ class TransformerConfig:
     positions: Literal["rope", "learned"]
     rope_base: float
     qk_norm: bool
+    attention: Literal["auto", "plain", "fused"] = "auto"
 
     def __post_init__(self):
         _positive(self, "model.transformer", "heads", "kv_heads", "feed_forward_width", "rope_base")
@@ -107,6 +108,7 @@ class ModelConfig:
     context: int | None
     compute_dtype: Literal["float32", "bfloat16"]
     remat: bool
+    scan_layers: bool = False
     transformer: TransformerConfig
     ngram: NGramConfig = NGramConfig(order=7, discount=None)
     mingru: MinGRUConfig = MinGRUConfig(feed_forward_width=512, activation="gelu")
@@ -115,6 +117,10 @@ class ModelConfig:
         _positive(self, "model", "width", "layers", "context")
         _positive(self.mingru, "model.mingru", "feed_forward_width")
         _within(self, "model", 0, 1, "dropout")
+        require(
+            not self.scan_layers or self.backbone in ("mingru", "transformer"),
+            f"model.scan_layers goes with model.backbone='transformer' or 'mingru', got {self.backbone!r}.",
+        )
         if "transformer" in self.groups:
             heads = self.transformer.heads
             require(self.width % heads == 0, f"model.transformer.heads={heads} must divide model.width={self.width}.")

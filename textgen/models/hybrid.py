@@ -41,9 +41,9 @@ class Hybrid(Transformer):
             o.feed_forward_width, o.activation, self.layers, self.norm, self.dropout, self.dtype, name=f"block_{i}"
         )
 
-        def call(x: Any, places: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
+        def call(x: Any, places: Any, state: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
             del places  # a recurrence knows the order
-            state = mingru.empty_state(len(x), self.width) if past is None else past[0]
+            state = mingru.empty_state(len(x), self.width) if state is None else state
             return block(x, state, lengths, train)
 
         return call

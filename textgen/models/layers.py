@@ -1,5 +1,7 @@
 """What every architecture is built of: linear maps, norms, dropout."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -71,6 +73,32 @@ class Dropout(nn.Module):
         bits = jax.random.bits(self.make_rng("dropout"), words, jnp.uint32)
         mask = jax.lax.bitcast_convert_type(bits, jnp.uint8).reshape(*shape[:-1], -1)[..., : shape[-1]] < kept
         return jnp.where(mask, x * (256 / max(kept, 1)), 0).astype(x.dtype)
+
+
+def scanned(block: Any, layers: int, in_axes: tuple[Any, ...]) -> Any:
+    """`layers` blocks, each (x, *inputs) -> (x, state), as one that is compiled once: a loop over the layers.
+
+    Their parameters are stacked, the layers in front (parallel.layer_axes knows them by the name
+    "blocks"), and their states behind the batch. Each layer draws for itself.
+
+    Args:
+      in_axes: for each of the inputs, 1 where it is such a state, nn.broadcast where every layer takes all of it.
+    """
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=in_axes,
+        out_axes=1,
+        length=layers,
+    )
+
+
+def for_each_layer(state: Any, layers: int, stacked: bool) -> Any:
+    """One layer's state as that of all: a tuple of them, or for `scanned` each leaf [B, ...] as [B, L, ...]."""
+    if not stacked:
+        return (state,) * layers
+    return jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], layers, axis=1), state)
 
 
 def feed_forward_flops(width: int, hidden: int, activation: str) -> float:

@@ -14,16 +14,26 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig
-from textgen.models.layers import Dropout, Linear, Norm, feed_forward, feed_forward_flops, residual_init
+from textgen.models.layers import (
+    Dropout,
+    Linear,
+    Norm,
+    feed_forward,
+    feed_forward_flops,
+    for_each_layer,
+    residual_init,
+    scanned,
+)
 
 TAPS = 4  # tokens that the convolution sees
 
 State = tuple[Float[Array, "B D"], Float[Array, "B taps D"]]  # the hidden state; the convolution's last inputs
-Carry = tuple[State, ...]
+# Of each layer; where the layers are scanned, one for all.
+Carry = tuple[State, ...] | tuple[Float[Array, "B L D"], Float[Array, "B L taps D"]]
 
 
 class MinGRU(nn.Module):
-    """The backbone. Its carry is a State per layer; it has no longest sequence."""
+    """The backbone. Its carry is a State per layer, or one for all; it has no longest sequence."""
 
     width: int
     layers: int
@@ -32,6 +42,7 @@ class MinGRU(nn.Module):
     norm: str = "rmsnorm"
     dropout: float = 0.0
     remat: bool = False
+    scan_layers: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @classmethod
@@ -45,6 +56,7 @@ class MinGRU(nn.Module):
             config.norm,
             config.dropout,
             config.remat,
+            config.scan_layers,
             jnp.dtype(config.compute_dtype),
         )
 
@@ -56,7 +68,7 @@ class MinGRU(nn.Module):
     def init_carry(self, batch_size: int, max_length: int) -> Carry:
         """An empty past. Its size does not depend on `max_length`."""
         del max_length
-        return (empty_state(batch_size, self.width),) * self.layers
+        return for_each_layer(empty_state(batch_size, self.width), self.layers, self.scan_layers)
 
     def flops_per_token(self, length: int) -> float:
         """Of a forward pass's matrix products; `length` makes no difference."""
@@ -73,15 +85,16 @@ class MinGRU(nn.Module):
         train: bool = False,
     ) -> tuple[Float[Array, "B T D"], Carry | None]:
         x = Dropout(self.dropout, name="dropout")(x, train)
-        block = nn.remat(Block, static_argnums=(4,)) if self.remat else Block
+        kind = nn.remat(Block, prevent_cse=not self.scan_layers, static_argnums=(4,)) if self.remat else Block
+        block = (self.feed_forward_width, self.activation, self.layers, self.norm, self.dropout, self.dtype)
         states = self.init_carry(x.shape[0], 0) if carry is None else carry
+        if self.scan_layers:
+            kind = scanned(kind, self.layers, (1, nn.broadcast, nn.broadcast))
+            x, states = kind(*block, name="blocks")(x, states, lengths, train)
+            return x, None if carry is None else states
         new_states = []
         for i, state in enumerate(states):
-            layer = block(
-                self.feed_forward_width, self.activation, self.layers, self.norm, self.dropout, self.dtype,
-                name=f"block_{i}",
-            )  # fmt: skip
-            x, state = layer(x, state, lengths, train)
+            x, state = kind(*block, name=f"block_{i}")(x, state, lengths, train)
             new_states.append(state)
         return x, None if carry is None else tuple(new_states)
 

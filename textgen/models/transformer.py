@@ -1,7 +1,8 @@
 """A pre-norm Transformer decoder (Vaswani et al. 2017; Radford et al. 2019).
 
 Rotary positions: Su et al. 2021. Grouped-query attention: Ainslie et al. 2023. SwiGLU: Shazeer
-2020. Squared ReLU: So et al. 2021. Normalised queries and keys: Henry et al. 2020.
+2020. Squared ReLU: So et al. 2021. Normalised queries and keys: Henry et al. 2020. Fused attention:
+Dao et al. 2022.
 """
 
 import functools
@@ -16,7 +17,17 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig, TransformerConfig
-from textgen.models.layers import Dropout, Linear, Norm, feed_forward, feed_forward_flops, residual_init
+from textgen.errors import note
+from textgen.models.layers import (
+    Dropout,
+    Linear,
+    Norm,
+    feed_forward,
+    feed_forward_flops,
+    for_each_layer,
+    residual_init,
+    scanned,
+)
 
 
 @flax.struct.dataclass
@@ -28,12 +39,13 @@ class Carry:
     Until the ring is full, what is free lies behind.
 
     Attributes:
-      memory: for each layer (keys [B, G, S, K], values [B, G, S, K]).
+      memory: for each layer (keys [B, G, S, K], values [B, G, S, K]); where the layers are scanned,
+        one pair for all, [B, L, G, S, K].
       position: [B] tokens that the row has seen.
       written: [B] where the next slot is, before it is taken modulo S; equal in all rows.
     """
 
-    memory: tuple[tuple[Any, Any], ...]
+    memory: tuple[Any, ...]
     position: Any
     written: Any
 
@@ -48,7 +60,9 @@ class Transformer(nn.Module):
     norm: str = "rmsnorm"
     dropout: float = 0.0
     remat: bool = False
+    scan_layers: bool = False
     dtype: jnp.dtype = jnp.float32
+    implementation: str | None = None  # of `fused`; None: `attend` instead
 
     @classmethod
     def from_config(cls, config: ModelConfig, context: int) -> "Transformer":
@@ -60,7 +74,9 @@ class Transformer(nn.Module):
             config.norm,
             config.dropout,
             config.remat,
+            config.scan_layers,
             jnp.dtype(config.compute_dtype),
+            choose_implementation(config),
         )
 
     @property
@@ -73,7 +89,7 @@ class Transformer(nn.Module):
         groups, key_width = self.options.kv_heads or self.options.heads, self.width // self.options.heads
         empty = jnp.zeros((batch_size, groups, min(max_length, self.context), key_width), self.dtype)
         zeros = jnp.zeros((batch_size,), jnp.int32)
-        return Carry(((empty, empty),) * self.layers, zeros, zeros)
+        return Carry(for_each_layer((empty, empty), self.layers, self.scan_layers), zeros, zeros)
 
     def flops_per_token(self, length: int) -> float:
         """Of a forward pass's matrix products, averaged over a window of `length` tokens."""
@@ -85,9 +101,16 @@ class Transformer(nn.Module):
         return self.layers * (qkv_and_out + 4 * width * seen + rest)
 
     def block(self, i: int) -> Callable:
-        """Layer i: (x, (positions, their angles), past, lengths, train) -> (x, past)."""
-        kind = nn.remat(Block, static_argnums=(5,)) if self.remat else Block
-        return kind(self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, name=f"block_{i}")
+        """Layer i, or where the layers are scanned all of them: (x, places, memory, lengths, train) -> (x, memory)."""
+        kind, name = Block, f"block_{i}"
+        if self.remat:
+            kind = nn.remat(kind, prevent_cse=not self.scan_layers, static_argnums=(5,))
+        if self.scan_layers:
+            every = nn.broadcast
+            kind, name = scanned(kind, self.layers, (every, 1, every, every)), "blocks"
+        return kind(
+            self.options, self.layers, self.context, self.norm, self.dropout, self.dtype, self.implementation, name=name
+        )
 
     @nn.compact
     def __call__(
@@ -111,17 +134,22 @@ class Transformer(nn.Module):
             known = np.arange(steps, dtype=np.int32)[None] if carry is None else positions
             turn = angles(known, self.width // self.options.heads, self.options.rope_base)
 
-        memory = []
-        for i in range(self.layers):
-            past = None if carry is None else (carry.memory[i], carry.position, carry.written)
-            x, kept = self.block(i)(x, (positions, turn), past, lengths, train)
-            memory.append(kept)
+        memory, written = (None, None) if carry is None else (carry.memory, carry.written)
+        places = positions, turn, written
+        if self.scan_layers:
+            x, memory = self.block(0)(x, places, memory, lengths, train)
+        else:
+            new = []
+            for i in range(self.layers):
+                x, kept = self.block(i)(x, places, None if memory is None else memory[i], lengths, train)
+                new.append(kept)
+            memory = tuple(new)
         if carry is None:
             return x, None
         position = carry.position + (steps if lengths is None else lengths)
         one = steps == 1 and lengths is None
         written = carry.written + 1 if one else jnp.broadcast_to(jnp.max(position), position.shape)
-        return x, Carry(tuple(memory), position, written)
+        return x, Carry(memory, position, written)
 
 
 class Block(nn.Module):
@@ -133,10 +161,12 @@ class Block(nn.Module):
     norm: str
     dropout: float
     dtype: jnp.dtype
+    implementation: str | None
 
     @nn.compact
-    def __call__(self, x: Any, places: Any, past: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
-        o, width, (positions, turn) = self.options, x.shape[-1], places
+    def __call__(self, x: Any, places: Any, memory: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
+        """`places` of the tokens: (their positions [B or 1, T], the sines and cosines, `written` as in Carry)."""
+        o, width, (positions, turn, written) = self.options, x.shape[-1], places
         bias = self.norm == "layernorm"
         linear = lambda features, name, init=Linear.kernel_init: Linear(features, bias, init, self.dtype, name=name)
 
@@ -148,7 +178,7 @@ class Block(nn.Module):
             q, k = Norm("rmsnorm", name="query_norm")(q), Norm("rmsnorm", name="key_norm")(k)
         if o.positions == "rope":
             q, k = rotate(jnp.concatenate([q, k], axis=1), turn, heads)
-        y, memory = attention(q, k, v, positions, past, lengths, self.context)
+        y, memory = attention(q, k, v, positions, memory, written, lengths, self.context, self.implementation)
         y = jnp.swapaxes(y, 1, 2).reshape(x.shape)  # [B, T, D]
         x = x + Dropout(self.dropout, name="attention_dropout")(
             linear(width, "out", residual_init(self.layers))(y), train
@@ -156,6 +186,28 @@ class Block(nn.Module):
 
         x = feed_forward(x, o.feed_forward_width, o.activation, self.layers, self.norm, self.dropout, self.dtype, train)
         return x, memory
+
+
+def choose_implementation(config: ModelConfig) -> str | None:
+    """Of `fused`, for a config and the device at hand: "cudnn" or "xla"; None: `attend`.
+
+    cuDNN's takes bfloat16, an NVIDIA GPU from Ampere on (compute capability 8), and heads whose
+    width is a multiple of 8, at most 128. XLA's is no faster than `attend`, so "auto" leaves it out.
+    """
+    key_width = config.width // config.transformer.heads
+    cudnn = config.compute_dtype == "bfloat16" and key_width % 8 == 0 and key_width <= 128 and _ampere()
+    if config.transformer.attention == "fused" and not cudnn:
+        note(
+            "model.transformer.attention='fused': XLA's, as cuDNN's cannot be had. That takes an NVIDIA GPU from "
+            "Ampere on, model.compute_dtype='bfloat16', and model.width / heads a multiple of 8, at most 128."
+        )
+        return "xla"
+    return "cudnn" if cudnn and config.transformer.attention != "plain" else None
+
+
+def _ampere() -> bool:
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # '9.0'; 'gfx90a' is AMD's
+    return capability.split(".")[0].isdigit() and float(capability) >= 8
 
 
 def angles(positions: Integer[Array | np.ndarray, "R T"], key_width: int, base: float) -> tuple[Any, Any]:
@@ -182,7 +234,17 @@ def rotate(qk: Float[Array, "B H T K"], turn: tuple[Any, Any], heads: int) -> tu
     return turned[:, :heads], turned[:, heads:]
 
 
-def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, context: int) -> tuple[Any, Any]:
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    positions: Any,
+    memory: Any,
+    written: Any,
+    lengths: Any,
+    context: int,
+    implementation: str | None,
+) -> tuple[Any, Any]:
     """Attention of T new tokens to themselves and to the past, and the past with them added.
 
     Without a past this is plain causal attention. With one, the tokens read the ring as it was
@@ -190,13 +252,16 @@ def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, c
 
     Args:
       q: [B, H, T, K]; k, v: [B, G, T, K]; positions: [B or 1, T].
-      past: None, or ((keys, values), position [B], written [B]) as in Carry.
+      memory, written: of one layer, as in Carry; None: there is no past.
       lengths: [B] or None.
+      implementation: of `fused`, which may compute what has no past; None: `attend` does.
     """
-    if past is None:
+    if memory is None and implementation is not None:
+        return fused(q, k, v, context, implementation), None
+    if memory is None:
         return attend(q, [(k, v, positions)], positions, context), None
-    (keys, values), position, written = past
-    steps, slots = k.shape[2], keys.shape[2]
+    keys, values = memory
+    position, steps, slots = positions[:, 0], k.shape[2], keys.shape[2]
     ring = jnp.arange(slots)
     age = (written[0] - 1 - ring) % slots  # 0: the last token before these
     old = (keys, values, position[:, None] - 1 - age)
@@ -215,6 +280,19 @@ def attention(q: Any, k: Any, v: Any, positions: Any, past: Any, lengths: Any, c
     order = jnp.where(order < slots, (written[0] + order) % slots, order)[:, None, :, None]
     join = lambda ring, new: jnp.take_along_axis(jnp.concatenate([ring, new], axis=2), order, axis=2)
     return y, (join(keys, k), join(values, v))
+
+
+def fused(q: Any, k: Any, v: Any, context: int, implementation: str) -> Float[Array, "B H T K"]:
+    """Causal attention of T tokens with no past to the last `context`, by `jax.nn.dot_product_attention`.
+
+    Args:
+      q: [B, H, T, K]; k, v: [B, G, T, K].
+      implementation: "cudnn", which holds no [T, T] and skips what is not seen, or "xla".
+    """
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, T, H or G, K]
+    near = (context - 1, 0) if context < q.shape[1] else None  # tokens before and after
+    y = jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=near, implementation=implementation)
+    return jnp.swapaxes(y, 1, 2)
 
 
 def attend(q: Any, parts: Sequence[tuple[Any, Any, Any]], q_positions: Any, context: int) -> Float[Array, "B H T K"]:
