@@ -99,7 +99,7 @@ def test_a_loaded_model_generates_streams_and_scores(finished):
     np.testing.assert_allclose(stream.loss, final["validation_stream/loss"], rtol=1e-6)
     assert lm.config == checkpoints.load_config(workdir)
     assert lm.step == 12
-    logits, _ = lm.model.apply({"params": lm.params}, lm.tokenizer.encode("mill")[None])
+    logits, _ = jax.jit(lm.model.apply)({"params": lm.params}, lm.tokenizer.encode("mill")[None])
     assert logits.shape == (1, 4, lm.tokenizer.vocab_size)
 
 
