@@ -51,7 +51,7 @@ def test_what_it_tells_of_each_token_is_what_the_full_pass_says(built):
     text = np.concatenate([prompt, made.tokens[0]])
     logits = np.asarray(full(params, text[None]), np.float64)[0, 2:-1]
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    drawn = np.asarray(jax.jit(CHAIN)(jnp.asarray(logits, jnp.float32)), np.float64)
+    drawn = np.asarray(jax.jit(lambda z: CHAIN(z))(jnp.asarray(logits, jnp.float32)), np.float64)
     log_q = drawn - np.log(np.exp(drawn).sum(-1, keepdims=True))
     at = np.arange(6), made.tokens[0]
     np.testing.assert_allclose(made.log_probability[0], log_p[at], atol=1e-4)
