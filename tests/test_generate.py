@@ -1,5 +1,7 @@
 """Generation: independent of the batch, exact beyond the window, compiled once."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,8 +16,9 @@ from textgen.config import UserError
 V = 7
 
 
-def build(name, overrides=None):
-    model = models.build(tiny({"model.backbone": name, "model.layers": 2} | (overrides or {})), V)
+@functools.cache
+def build(name, **overrides):
+    model = models.build(tiny({"model.backbone": name, "model.layers": 2} | overrides), V)
     params = noisy_params(model)
     full = jax.jit(lambda p, tokens: model.apply({"params": p}, tokens)[0])
     step = lambda p, tokens, carry, lengths: model.apply({"params": p}, tokens, carry, lengths, method="next_token")
@@ -25,6 +28,12 @@ def build(name, overrides=None):
 @pytest.fixture(params=SOME_BACKBONES, scope="module")
 def built(request):
     return build(request.param)
+
+
+@pytest.fixture
+def one():
+    """Where the chain and the draws are the subject, the model is not."""
+    return build("lstm")
 
 
 def prompts_of(lengths, seed=0):
@@ -117,8 +126,8 @@ MEMORIES = sampling.parse(
 )
 
 
-def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(built):
-    _, params, generator = built
+def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(one):
+    _, params, generator = one
     prompts, keys = prompts_of([7, 2, 11]), generate.row_keys(5, 6)
     whole = generator(params, prompts, keys, MEMORIES, length=20, num_samples=2, chunk=20)
     for i, prompt in enumerate(prompts):
@@ -128,7 +137,7 @@ def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(built):
     # Its distributions are those of the chain on the whole text, step by step.
     text = np.concatenate([prompts[1], whole.tokens[2]])
     states = MEMORIES.init(prompts[1][None], np.array([2], np.int32), V, 64)
-    logits = built[0](params, text[None])[0]
+    logits = one[0](params, text[None])[0]
 
     @jax.jit
     def step(logits, states, i, token):
@@ -142,8 +151,8 @@ def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(built):
         np.testing.assert_allclose(whole.log_probability_drawn[2, i], jax.nn.log_softmax(z)[token], atol=1e-4)
 
 
-def test_rows_shared_out_to_the_cores_are_the_same_rows(monkeypatch):
-    _, params, generator = build("lstm")
+def test_rows_shared_out_to_the_cores_are_the_same_rows(one, monkeypatch):
+    _, params, generator = one
     rows = 6
     chain = sampling.chain(
         sampling.repetition_penalty(1.3), sampling.temperature(np.linspace(0.5, 2, rows)), sampling.banned([2])
@@ -181,7 +190,7 @@ def test_guidance_leans_from_the_second_prompt_to_the_first(built):
 
 @pytest.mark.parametrize("name", ["hybrid", "lstm", "transformer"])  # two with a window, one without
 def test_beyond_the_window_it_goes_on_and_equals_recomputing_the_window(name):
-    full, params, generator = build(name, {"model.context": 6})
+    full, params, generator = build(name, **{"model.context": 6})
     (prompt,) = prompts_of([4])
     made = generator(params, [prompt], generate.row_keys(0, 1), sampling.chain(sampling.greedy()), length=40, chunk=7)
     text = np.concatenate([prompt, made.tokens[0]])
@@ -190,7 +199,7 @@ def test_beyond_the_window_it_goes_on_and_equals_recomputing_the_window(name):
 
 
 def test_learned_positions_read_their_last_half_afresh_and_go_on():
-    full, params, generator = build("transformer", {"model.transformer.positions": "learned", "model.context": 16})
+    full, params, generator = build("transformer", **{"model.transformer.positions": "learned", "model.context": 16})
     made = generator(params, prompts_of([5]), generate.row_keys(0, 1), sampling.chain(sampling.greedy()), length=40)
     text = np.concatenate([prompts_of([5])[0], made.tokens[0]])
     # Every token follows from some window of at least half the positions that ends before it.
@@ -213,8 +222,8 @@ def test_learned_positions_read_their_last_half_afresh_and_go_on():
     assert long.tokens.shape == (1, 3)
 
 
-def test_every_position_and_every_row_draws_anew(built):
-    _, params, generator = built
+def test_every_position_and_every_row_draws_anew(one):
+    _, params, generator = one
     hot = sampling.chain(sampling.temperature(1e9))  # all tokens alike: the draws show through
     made = generator(params, prompts_of([2]), generate.row_keys(0, 40), hot, length=50, num_samples=40)
     for tokens in (*made.tokens, *made.tokens.T):
@@ -222,8 +231,8 @@ def test_every_position_and_every_row_draws_anew(built):
 
 
 @pytest.mark.slow
-def test_sampling_frequencies_are_the_models(built):
-    full, params, generator = built
+def test_sampling_frequencies_are_the_models(one):
+    full, params, generator = one
     (prompt,), n = prompts_of([2]), 4000
     made = generator(params, [prompt], generate.row_keys(0, n), sampling.chain(), length=1, num_samples=n)
     logits = full(params, prompt[None])
@@ -233,8 +242,8 @@ def test_sampling_frequencies_are_the_models(built):
     assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)) + 1).all()
 
 
-def test_no_prompt_length_seed_or_number_compiles_again(built):
-    _, params, generator = built
+def test_no_prompt_length_seed_or_number_compiles_again():
+    _, params, generator = build("transformer")  # whose carry grows
 
     def run(lengths, seed, temperature, length):
         chain = sampling.chain(sampling.temperature(temperature))
@@ -257,7 +266,7 @@ def test_no_prompt_length_seed_or_number_compiles_again(built):
         ([np.zeros(1, np.int32)], {"num_samples": 0}, "num_samples must be 1 or more, got 0"),
     ],
 )
-def test_bad_requests_are_refused(built, prompts, options, message):
-    _, params, generator = built
+def test_bad_requests_are_refused(one, prompts, options, message):
+    _, params, generator = one
     with pytest.raises(UserError, match=message):
         generator(params, prompts, generate.row_keys(0, 1), CHAIN, **({"length": 2} | options))

@@ -53,8 +53,9 @@ def equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(keys(x), keys(y)), a, b)
 
 
-@pytest.mark.parametrize("name", SOME_BACKBONES)
-@pytest.mark.parametrize("order", ["shuffled", "stream"])
+@pytest.mark.parametrize(
+    ("name", "order"), [("transformer", "shuffled"), *((name, "stream") for name in SOME_BACKBONES)]
+)
 def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order):
     overrides = {"model.backbone": name, "data.order": order, "model.dropout": 0.1, "train.ema_decay": 0.9}
     trainer, batches = trainer_of(overrides)
@@ -89,7 +90,7 @@ def test_a_loss_in_chunks_has_the_same_gradients_and_never_holds_all_logits(over
     assert not any(s in texts[1] for s in size)
 
 
-@pytest.mark.parametrize("name", SOME_BACKBONES)
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
 def test_accumulation_equals_one_big_batch(name):
     whole, rows = on_one_device(name)
     state, part_rows = run(*trainer_of({"model.backbone": name, "train.accumulation": 4}))
@@ -132,7 +133,7 @@ def test_no_targets_means_the_next_token():
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [(name, (2, 2, 1)) for name in SOME_BACKBONES]
+    [(name, (2, 2, 1)) for name in ("lstm", "transformer")]
     + [pytest.param(name, (1, 2, 2), marks=pytest.mark.slow) for name in SOME_BACKBONES]
     + [pytest.param("transformer", (4, 1, 1), marks=pytest.mark.slow)],  # parameters are copied, whatever they are
     ids=str,
