@@ -26,9 +26,15 @@ def pytest_configure(config):
         jax.config.update("jax_disable_most_optimizations", True)
 
 
+# What takes longest comes first: a process is given whole files, and a long one at the end would leave the other idle.
+LONG = ["generate", "models", "train", "run", "compare", "speculative", "decoders", "study", "experiments", "ensemble"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of the younger backbones the quick tests take the contract alone."""
+    place = {f"test_{name}": i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
     young = {"gru", "hybrid", "mingru"}
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()

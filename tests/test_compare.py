@@ -137,23 +137,21 @@ def test_what_is_done_is_not_done_again(done, text, monkeypatch):
     assert compare.Session(asked(text), folder).run() == json.loads(json.dumps(results))
 
 
-@pytest.mark.parametrize(
-    "when", [(3, 12), *(pytest.param(w, marks=pytest.mark.slow) for w in [(1, 9), (4, 3)])], ids=str
-)
-def test_a_killed_comparison_goes_on_to_the_same_results(done, text, tmp_path, monkeypatch, when):
-    """Killed without warning at a step of its nth job; then stopped by a signal; then let be."""
-    count, killing, original = [0], [True], jobs.Job.train
+def test_a_comparison_killed_again_and_again_goes_on_to_the_same_results(done, text, tmp_path, monkeypatch):
+    """Killed without warning behind a checkpoint, at a run's end, and before the first checkpoint; then stopped
+    by a signal; then let be."""
+    begun, when, original = [0], [None], jobs.Job.train
 
     class Killed(BaseException):
         pass
 
     def train_a_while(self, *, on_step, **rest):
-        count[0] += 1
+        begun[0] += 1
 
         def dying(step, *others):
-            if killing[0] and (count[0], step) == when:
+            if (begun[0], step) == when[0]:
                 raise Killed
-            if not killing[0] and count[0] == 1:
+            if when[0] == "signal" and begun[0] == 1:
                 signal.raise_signal(signal.SIGTERM)
             on_step(step, *others)
 
@@ -162,12 +160,14 @@ def test_a_killed_comparison_goes_on_to_the_same_results(done, text, tmp_path, m
     monkeypatch.setattr(jobs.Job, "train", train_a_while)
     monkeypatch.setattr(compare.report, "write", lambda folder: None)
     folder = tmp_path / "duel"
-    with pytest.raises(Killed):
-        compare.Session(asked(text), folder).run()
-    count[0], killing[0] = 0, False
-    with pytest.raises(train.Interrupted):
-        compare.Session(asked(text), folder).run()
+    # At a step of the nth job of each launch: lstm's tuning, lstm's runs, the transformer's runs.
+    for when[0], end in (((1, 9), Killed), ((3, 12), Killed), ((2, 3), Killed), ("signal", train.Interrupted)):
+        begun[0] = 0
+        with pytest.raises(end):
+            compare.Session(asked(text), folder).run()
+    begun[0], when[0] = 0, None
     results = compare.Session(asked(text), folder).run()
+    assert begun[0] == 1
     assert without_times(results) == without_times(done[1])
     for path in (folder / "nats").rglob("*.npy"):
         np.testing.assert_array_equal(np.load(path), np.load(done[0] / path.relative_to(folder)))

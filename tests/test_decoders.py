@@ -48,9 +48,12 @@ def decode(decoder, params, *, chain=PLAIN, prompts=(PROMPT,), seeds=(0,), lengt
     return DECODE(params, list(prompts), keys(*seeds), chain, decoder, length=length, end=end)
 
 
+transformed = jax.jit(lambda chain, logits: chain(logits))
+
+
 def log_table(params, chain=PLAIN):
     """ln p of each token after each pair of tokens; float64."""
-    logits = np.asarray(chain(jnp.asarray(params.reshape(-1, V))), np.float64).reshape(V, V, V)
+    logits = np.asarray(transformed(chain, jnp.asarray(params.reshape(-1, V))), np.float64).reshape(V, V, V)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
@@ -155,6 +158,8 @@ def test_a_text_has_its_own_memory_of_what_it_said(decoder):
     params = table(7)
     chain = sampling.chain(sampling.presence_penalty(1.0), sampling.no_repeat_ngram(3), sampling.xtc(0.1, 0.5))
     made = decode(decoder, params, chain=chain, length=6)
+    advance = jax.jit(lambda *now: jax.nn.log_softmax(chain.step(*now)[0])[0])
+    commit = jax.jit(lambda *now, token: chain.step(*now)[1](jnp.full(1, token)))
     for i, text in enumerate(shown(made)):
         if np.isneginf(made.score[i]):
             continue
@@ -162,9 +167,9 @@ def test_a_text_has_its_own_memory_of_what_it_said(decoder):
         for n, token in enumerate(text):
             logits = jnp.asarray(params[whole[n], whole[n + 1]][None])
             chances = [sampling.Moment(jnp.full(1, n), jnp.full(1, u)) for u in (1.0, 0.0)]  # without xtc, and with it
-            drawn = [jax.nn.log_softmax(chain.step(logits, states, c)[0])[0, token] for c in chances]
+            drawn = [advance(logits, states, c)[token] for c in chances]
             assert np.abs(made.seen.log_probability_drawn[i, n] - np.array(drawn)).min() < 1e-5
-            states = chain.step(logits, states, chances[0])[1](jnp.full(1, token))
+            states = commit(logits, states, chances[0], token=token)
 
 
 @each
@@ -240,10 +245,11 @@ def test_arithmetic_samples_come_as_often_as_they_should(chain, end, n):
     for seed in range(3):
         params = table(seed)
         made = decode(decoders.arithmetic(n), params, chain=chain, end=end, seeds=(seed,))
-        counts = dict.fromkeys(all_texts(params, chain, end), 0)
+        texts = all_texts(params, chain, end)
+        counts = dict.fromkeys(texts, 0)
         for text in shown(made):
             counts[text] += 1
-        for text, p in all_texts(params, chain, end).items():
+        for text, p in texts.items():
             assert abs(counts[text] - n * np.exp(p)) < 1
     np.testing.assert_allclose(np.exp(made.log_weight), 1 / n, rtol=1e-6)
 

@@ -1,5 +1,7 @@
 """Runs trained together: each is the run that it would be alone, whatever becomes of the others."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,8 +33,13 @@ def trained(config, members=MEMBERS, at_once=None):
     return state, rows
 
 
-def alone(config, seed, rate):
-    config = tiny({**config, "seed": seed, "optimizer.learning_rate": rate})
+def changes(name):
+    return {"model.backbone": name, "model.dropout": 0.1, "train.steps": 6, "optimizer.name": "muon"}
+
+
+@functools.cache
+def alone(name, seed, rate):
+    config = tiny({**changes(name), "seed": seed, "optimizer.learning_rate": rate})
     trainer = train.Trainer(models.build(config, TOKENIZER.vocab_size), config, parallel.make_mesh(config.mesh))
     batches, state, most = data.Batches(TOKENS, config.data, seed), trainer.init(), config.train.steps_per_dispatch
     for step in range(0, config.train.steps, most):
@@ -47,10 +54,9 @@ def close(a, b):
 @pytest.mark.parametrize("name", [n for n in BACKBONES if n in ("lstm", "transformer")])
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_every_member_is_the_run_that_it_would_be_alone(name, at_once):
-    changes = {"model.backbone": name, "model.dropout": 0.1, "train.steps": 6, "optimizer.name": "muon"}
-    state, _ = trained(tiny(changes), at_once=at_once)
+    state, _ = trained(tiny(changes(name)), at_once=at_once)
     for i, (seed, rate) in enumerate(MEMBERS):
-        single, member = alone(changes, seed, rate), ensemble.member(state, i)
+        single, member = alone(name, seed, rate), ensemble.member(state, i)
         close(member.params, single.params)
         np.testing.assert_allclose(member.sums["nats"], single.sums["nats"], rtol=1e-4)
         assert int(member.step) == 6

@@ -81,6 +81,6 @@ def test_the_standard_error_is_that_of_block_means():
 
 def test_a_model_that_knows_nothing_costs_log_v():
     model = models.build(tiny(), V)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     nats = evaluate.Evaluator(model, window=8, batch_size=2).window_nats(params, TOKENS)
     np.testing.assert_allclose(nats, math.log(V), rtol=1e-6)

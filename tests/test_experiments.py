@@ -24,10 +24,34 @@ def command(name, *flags):
     return [sys.executable, "-m", f"experiments.{name}", *map(str, flags)]
 
 
-def call(name, *flags):
+def alone(name, *flags):
+    """A command in a process of its own."""
     return subprocess.run(
         command(name, *flags), cwd=ROOT, env=os.environ | CACHE, capture_output=True, text=True, timeout=300
     )
+
+
+@pytest.fixture(scope="module")
+def call():
+    """The same, of processes that share their imports: see tests/launcher.py."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.launcher"], cwd=ROOT, env=os.environ | CACHE, **pipes
+    ) as server:
+
+        def call(name, *flags):
+            print(json.dumps([name, *map(str, flags)]), file=server.stdin, flush=True)
+            return subprocess.CompletedProcess(flags, *json.loads(server.stdout.readline()))
+
+        yield call
+
+
+def refused(done, message):
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    assert message in lines[0]
 
 
 def stopped(words, metrics, how):
@@ -55,7 +79,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_train_interrupt_resume_sample_evaluate(folder):
+def test_train_interrupt_resume_sample_evaluate(folder, call):
     workdir = folder / "runs" / "one"
     train = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}", "--config.train.steps=4000"]
     train += ["--config.eval.every_steps=4000", "--config.checkpoint.every_steps=4000"]
@@ -69,7 +93,7 @@ def test_train_interrupt_resume_sample_evaluate(folder):
     assert "--- temperature 0.2" in done.stdout
     assert "tensorboard --logdir" in done.stdout
 
-    sampled = call(
+    sampled = alone(
         "sample", f"--workdir={workdir}", "--prompt=The ", "--length=9", "--num_samples=2", "--json", "--top_k=3"
     )
     records = [json.loads(line) for line in sampled.stdout.splitlines()]
@@ -100,39 +124,37 @@ def test_train_interrupt_resume_sample_evaluate(folder):
         ("train", ["--workdri=x"], "Unknown command line flag 'workdri'"),
         ("train", ["stray"], "Unexpected argument 'stray'"),
         ("train", ["--config.corpus.path=/absent"], "there is no file or folder '/absent'"),
-        pytest.param("train", ["--config=configs/tny.py"], "Did you mean 'configs/tiny.py'", marks=pytest.mark.slow),
-        pytest.param("train", ["--config.model.backbone=lsmt"], "Did you mean 'lstm'", marks=pytest.mark.slow),
-        pytest.param("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices", marks=pytest.mark.slow),
-        pytest.param("sample", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
-        pytest.param("sample", [], "Give the run's folder: --workdir=DIR", marks=pytest.mark.slow),
-        pytest.param("sample", ["--replay=/absent", "--seed=1"], "leave out --seed", marks=pytest.mark.slow),
-        pytest.param("sample", ["--workdir=/absent", "--gamma=2"], "--speculate proposes", marks=pytest.mark.slow),
-        pytest.param("sample", ["--replay=/absent"], "There is no file '/absent'", marks=pytest.mark.slow),
-        pytest.param(
-            "explore", ["--workdir=x", "--temperatures=0.5,hot"], "such as 0.5,0.8,1; got 'hot'", marks=pytest.mark.slow
-        ),
-        pytest.param("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'", marks=pytest.mark.slow),
+        ("train", ["--config=configs/tny.py"], "Did you mean 'configs/tiny.py'"),
+        ("train", ["--config.model.backbone=lsmt"], "Did you mean 'lstm'"),
+        ("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices"),
+        ("sample", ["--workdir=/absent"], "There is no workdir '/absent'"),
+        ("sample", [], "Give the run's folder: --workdir=DIR"),
+        ("sample", ["--replay=/absent", "--seed=1"], "leave out --seed"),
+        ("sample", ["--workdir=/absent", "--gamma=2"], "--speculate proposes"),
+        ("sample", ["--replay=/absent"], "There is no file '/absent'"),
+        ("explore", ["--workdir=x", "--temperatures=0.5,hot"], "such as 0.5,0.8,1; got 'hot'"),
+        ("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'"),
         ("compare", ["--sweep=model.widht=4,8"], "unknown config key 'model.widht'. Did you mean 'model.width'?"),
-        pytest.param("compare", [], "The config has no section 'compare'", marks=pytest.mark.slow),
+        ("compare", [], "The config has no section 'compare'"),
     ],
 )
-def test_a_mistake_is_one_line_and_exit_code_2(folder, name, flags, message):
+def test_a_mistake_is_one_line_and_exit_code_2(folder, call, name, flags, message):
     first = (
         [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={folder / 'no'}"]
         if name in ("train", "compare")
         else []
     )
     done = call(name, *first, *flags)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    assert message in lines[0]
+    refused(done, message)
     assert not (folder / "no").exists()
 
 
+def test_a_mistake_is_told_the_same_by_a_process_of_its_own():
+    refused(alone("train", *TINY, "--config.model.widht=4"), "Unknown config key 'widht'. Did you mean 'width'?")
+
+
 @pytest.mark.slow
-def test_compare_is_stopped_and_goes_on(folder):
+def test_compare_is_stopped_and_goes_on(folder, call):
     workdir = folder / "runs" / "duel"
     flags = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}"]
     flags += ["--sweep=model.backbone=lstm,transformer", "--config.train.steps=400", "--config.sample.length=10"]

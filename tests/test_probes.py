@@ -95,7 +95,7 @@ def test_evaluate_is_the_mean_over_what_is_scored():
     score = probes.evaluate(model, params, "copy", 12, 128, 7)
     batches = tasks.Batches("copy", window=12, batch_size=probes.ROWS, seed=7)
     tokens, targets, _ = (part.reshape(128, -1) for part in batches.with_best(0, 2))
-    logits, _ = model.apply({"params": params}, jnp.asarray(tokens[:, :-1]))
+    logits, _ = jax.jit(model.apply)({"params": params}, jnp.asarray(tokens[:, :-1]))
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     rows, places = np.nonzero(targets >= 0)
     nats = -log_p[rows, places, targets[rows, places]]

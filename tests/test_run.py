@@ -1,5 +1,6 @@
 """A run as its user meets it: launched, interrupted, resumed, damaged, read back."""
 
+import dataclasses
 import json
 import math
 import os
@@ -11,7 +12,7 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import SOME_BACKBONES, TEXT, tiny
+from conftest import TEXT, tiny
 
 import textgen
 from textgen import assess, checkpoints, config, logs, run, train
@@ -33,6 +34,16 @@ def finished(tmp_path_factory):
     workdir = folder / "runs" / "one"
     final = run.Session(configured(folder / "text.txt"), workdir, {"data.window": 16}).run()
     return workdir, final
+
+
+def copied(finished, workdir, *, back_to=None):
+    """A copy of the finished run and its config; with `back_to`, as it was at that checkpoint."""
+    shutil.copytree(finished[0], workdir)
+    if back_to is not None:
+        for step in checkpoints.Checkpoints(workdir, read_only=True).steps():
+            if step > back_to:
+                shutil.rmtree(workdir / "checkpoints" / str(step))
+    return checkpoints.load_config(workdir)
 
 
 def params_equal(a, b):
@@ -101,7 +112,7 @@ def test_a_loaded_model_generates_streams_and_scores(finished):
     np.testing.assert_allclose(stream.loss, final["validation_stream/loss"], rtol=1e-6)
     assert lm.config == checkpoints.load_config(workdir)
     assert lm.step == 12
-    logits, _ = lm.model.apply({"params": lm.params}, lm.tokenizer.encode("mill")[None])
+    logits, _ = jax.jit(lm.model.apply)({"params": lm.params}, lm.tokenizer.encode("mill")[None])
     assert logits.shape == (1, 4, lm.tokenizer.vocab_size)
 
 
@@ -151,8 +162,7 @@ def test_bad_requests_of_a_loaded_model(finished, prompt, options, message):
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("lstm", "crash"), ("transformer", "signal")]
-    + [pytest.param(name, how, marks=pytest.mark.slow) for name in SOME_BACKBONES for how in ("signal", "crash")],
+    [("lstm", "crash"), ("transformer", "signal"), ("mingru", "crash")],
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted(text_file, tmp_path, name, how, monkeypatch):
     settings = configured(text_file, {"model.backbone": name, "data.order": "stream", "train.ema_decay": 0.9})
@@ -211,25 +221,22 @@ def test_no_ghost_points_after_a_resume(text_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_more_steps_may_be_asked_for_and_another_model_may_not(text_file, tmp_path):
-    settings = configured(text_file)
-    run.Session(settings, tmp_path / "r").run()
-    longer = run.Session(configured(text_file, {"train.steps": 18}), tmp_path / "r").run()
-    assert math.isfinite(longer["eval/loss"])
+def test_more_steps_may_be_asked_for_and_another_model_may_not(finished, tmp_path):
+    settings = copied(finished, tmp_path / "r")
+    longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=18))
+    assert math.isfinite(run.Session(longer, tmp_path / "r").run()["eval/loss"])
     assert textgen.load(tmp_path / "r").step == 18
+    wider = dataclasses.replace(settings, model=dataclasses.replace(settings.model, width=32))
     with pytest.raises(UserError, match=r"This workdir holds another run: model.width was 16, is 32"):
-        run.Session(configured(text_file, {"model.width": 32}), tmp_path / "r")
+        run.Session(wider, tmp_path / "r")
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_mesh(text_file, tmp_path):
-    run.Session(configured(text_file, {"train.steps": 6}), tmp_path / "one").run()
-    shutil.copytree(tmp_path / "one", tmp_path / "four")
-    finals = [
-        run.Session(configured(text_file, {"mesh.data": n, "mesh.fsdp": n}), tmp_path / name).run()
-        for name, n in [("one", 1), ("four", 2)]
-    ]
-    np.testing.assert_allclose(finals[0]["eval/loss"], finals[1]["eval/loss"], rtol=1e-4)
+def test_a_run_goes_on_on_another_mesh(finished, tmp_path):
+    settings = copied(finished, tmp_path / "four", back_to=6)
+    four = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, data=2, fsdp=2))
+    session = run.Session(four, tmp_path / "four")
+    np.testing.assert_allclose(session.run()["eval/loss"], finished[1]["eval/loss"], rtol=1e-4)
 
 
 # --- what can go wrong with a workdir
@@ -304,16 +311,15 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(text_file, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_diverged_run_names_its_last_good_checkpoint(text_file, tmp_path):
-    settings = configured(text_file, {"train.steps": 6})
-    run.Session(settings, tmp_path / "r").run()
+def test_a_diverged_run_names_its_last_good_checkpoint(finished, tmp_path):
+    copied(finished, tmp_path / "r")
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
     saved["optimizer"]["learning_rate"] = 1e30
     (tmp_path / "r" / "config.json").write_text(json.dumps(saved))
     wild = config.from_dict(saved | {"train": saved["train"] | {"steps": 40, "max_skipped_steps": 2}})
     with pytest.raises(UserError, match=r"The last good checkpoint in .* is step"):
         run.Session(wild, tmp_path / "r").run()
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(textgen.load(tmp_path / "r", checkpoint=6).params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(textgen.load(tmp_path / "r", checkpoint=12).params))
 
 
 def test_two_ctrl_c_stop_at_once(text_file, tmp_path, monkeypatch):
@@ -332,9 +338,8 @@ def test_two_ctrl_c_stop_at_once(text_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bytes", "words", "bpe"])
-def test_every_tokenizer_trains_and_reports_bits_of_text(text_file, tmp_path, kind):
-    settings = configured(text_file, {"tokenizer.kind": kind, "tokenizer.vocab_size": 300})
+def test_tokens_of_several_characters_train_and_report_bits_of_text(text_file, tmp_path):
+    settings = configured(text_file, {"tokenizer.kind": "bpe", "tokenizer.vocab_size": 300})
     final = run.Session(settings, tmp_path / "r").run()
     assert 0 < final["eval/bits_per_character"] < 9
     assert textgen.load(tmp_path / "r").generate("The river", length=5).startswith("The river")
