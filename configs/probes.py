@@ -14,7 +14,7 @@ TASKS = {
     "markov": (32, 800),
     "parity": (32, 600),
     "copy": (32, 800),
-    "associative_recall": (16, 3500),  # in batches of 256: looking up is learned after some 700,000 windows
+    "associative_recall": (16, 4500),  # in batches of 256: looking up is learned late, and at once
     "modular_counting": (32, 600),
     "permutations": (32, 1500),
     "selective_copy": (32, 800),
@@ -42,8 +42,10 @@ def get_config(arg: str = ""):
     config.probes.tasks = ConfigDict()  # name in textgen.tasks.TASKS -> the keys that differ for it
     for name in names:
         window, steps = TASKS.get(name, (32, 600))
-        rows = 256 if name == "associative_recall" else config.data.batch_size
-        own = {"data": {"window": window, "batch_size": rows}, "train": {"steps": steps}}
+        own = {"data": {"window": window}, "train": {"steps": steps}}
+        if name == "associative_recall":
+            own["data"]["batch_size"] = 256
+            own["optimizer"] = {"schedule": "wsd"}  # a full rate until then
         config.probes.tasks[name] = ConfigDict(own)
     config.probes.backbones = ("",)[:0]  # names in textgen.models.BACKBONES; (): all
     config.probes.learning_rates = (3e-3, 1e-2)  # the best of them counts, chosen on windows of its own

@@ -157,7 +157,8 @@ def test_a_mistake_is_told_the_same_by_a_process_of_its_own():
 def test_compare_is_stopped_and_goes_on(folder, call):
     workdir = folder / "runs" / "duel"
     flags = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={workdir}"]
-    flags += ["--sweep=model.backbone=lstm,transformer", "--config.train.steps=400", "--config.sample.length=10"]
+    flags += ["--sweep=model.backbone=lstm,transformer", "--config.train.steps=200", "--config.sample.length=10"]
+    flags += ["--config.eval.every_steps=200", "--config.model.width=16", "--config.model.layers=1"]
     stopped(command("compare", *flags), workdir / "lstm/0/metrics.jsonl", signal.SIGTERM)
     done = call("compare", *flags)
     assert done.returncode == 0, done.stderr
