@@ -34,7 +34,8 @@ def trained(config, members=MEMBERS, at_once=None):
 
 
 def changes(name):
-    return {"model.backbone": name, "model.dropout": 0.1, "train.steps": 6, "optimizer.name": "muon"}
+    optimizer = "muon" if name == "transformer" else "adamw"
+    return {"model.backbone": name, "model.dropout": 0.1, "train.steps": 6, "optimizer.name": optimizer}
 
 
 @functools.cache

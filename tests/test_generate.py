@@ -126,6 +126,7 @@ MEMORIES = sampling.parse(
 )
 
 
+@pytest.mark.slow
 def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(one):
     _, params, generator = one
     prompts, keys = prompts_of([7, 2, 11]), generate.row_keys(5, 6)
@@ -198,6 +199,7 @@ def test_beyond_the_window_it_goes_on_and_equals_recomputing_the_window(name):
     np.testing.assert_array_equal(text[4:], np.argmax(logits[0, 3:-1], -1))
 
 
+@pytest.mark.slow
 def test_learned_positions_read_their_last_half_afresh_and_go_on():
     full, params, generator = build("transformer", **{"model.transformer.positions": "learned", "model.context": 16})
     made = generator(params, prompts_of([5]), generate.row_keys(0, 1), sampling.chain(sampling.greedy()), length=40)

@@ -162,7 +162,11 @@ def test_bad_requests_of_a_loaded_model(finished, prompt, options, message):
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("lstm", "crash"), ("transformer", "signal"), ("mingru", "crash")],
+    [
+        ("transformer", "signal"),
+        pytest.param("lstm", "crash", marks=pytest.mark.slow),
+        pytest.param("mingru", "crash", marks=pytest.mark.slow),
+    ],
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted(text_file, tmp_path, name, how, monkeypatch):
     settings = configured(text_file, {"model.backbone": name, "data.order": "stream", "train.ema_decay": 0.9})

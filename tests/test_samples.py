@@ -97,6 +97,7 @@ def test_a_sample_is_made_again_from_its_record(lm):
     assert third.text == lm.samples("ab", length=9, seed=5, num_samples=3)[2].text
 
 
+@pytest.mark.slow
 def test_a_decoder_chooses_texts_and_its_record_makes_them_again(lm):
     options = {"length": 12, "seed": 3, "temperature": 1.3}
     (greedy,) = lm.samples("ab", length=12, temperature=0.0)
@@ -115,6 +116,7 @@ def test_a_decoder_chooses_texts_and_its_record_makes_them_again(lm):
         assert (sample.stopped == "c") == (lm.tokenizer.decode(sample.tokens[-1:]) == "c")
 
 
+@pytest.mark.slow
 def test_a_draft_proposes_and_changes_no_greedy_text(lm):
     draft = text_model(lm.tokenizer, **{"model.width": 8})
     (plain,) = lm.samples("ab", length=20, temperature=0.0)
