@@ -14,7 +14,7 @@ TASKS = {
     "markov": (32, 800),
     "parity": (32, 600),
     "copy": (32, 800),
-    "associative_recall": (16, 4500),  # in batches of 256: looking up is learned late, and at once
+    "associative_recall": (16, 2500),  # in batches of 256, with muon: looking up is learned late, and at once
     "modular_counting": (32, 600),
     "permutations": (32, 1500),
     "selective_copy": (32, 800),
@@ -45,7 +45,7 @@ def get_config(arg: str = ""):
         own = {"data": {"window": window}, "train": {"steps": steps}}
         if name == "associative_recall":
             own["data"]["batch_size"] = 256
-            own["optimizer"] = {"schedule": "wsd"}  # a full rate until then
+            own["optimizer"] = {"name": "muon"}
         config.probes.tasks[name] = ConfigDict(own)
     config.probes.backbones = ("",)[:0]  # names in textgen.models.BACKBONES; (): all
     config.probes.learning_rates = (3e-3, 1e-2)  # the best of them counts, chosen on windows of its own
