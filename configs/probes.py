@@ -20,7 +20,7 @@ TASKS = {
     "selective_copy": (32, 800),
     "counting": (32, 600),
     "dyck": (32, 600),
-    "in_context_markov": (64, 800),
+    "in_context_markov": (64, 3000),
 }
 
 
