@@ -38,6 +38,8 @@ class Ledger:
         require(not workdir.exists() or workdir.is_dir(), f"The workdir '{workdir}' is a file.")
         if (workdir / "comparison.json").exists():
             saved = checkpoints.read_json(workdir / "comparison.json", "what it compares")
+            # A key that came later is taken up at its default, as a single run does.
+            saved["config"] = json.loads(json.dumps(config_lib.to_dict(config_lib.from_dict(saved["config"]))))
             listed = "; ".join(
                 f"{key.removeprefix('config.')} was {old!r}, is {new!r}"
                 for key, (old, new) in config_lib.differences(saved, self._record).items()
