@@ -220,6 +220,10 @@ def test_a_folder_of_another_comparison_is_refused(done, text, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
     compare.Session(asked(text, {"compare.title": "Another heading", "log.every_steps": 6}), copy)  # may change
+    saved = json.loads((copy / "comparison.json").read_text())
+    del saved["config"]["model"]["scan_layers"]
+    (copy / "comparison.json").write_text(json.dumps(saved))
+    compare.Session(asked(text), copy)  # a key that was not there yet
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no comparison"):
