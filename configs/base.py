@@ -43,6 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.model.compute_dtype = "float32"  # float32, bfloat16; parameters stay float32
     config.model.remat = False  # recompute activations in the backward pass: less memory, more time
     config.model.scan_layers = False  # a loop over the layers: compile time does not grow with depth; steps are slower
+    config.model.recurrence = "auto"  # over time: scan; associative (mingru, hybrid); cudnn (lstm); auto: by the device
     config.model.transformer = ConfigDict()  # read by the hybrid too
     config.model.transformer.heads = 4  # H
     config.model.transformer.kv_heads = placeholder(int)  # key/value heads shared by groups; None: heads

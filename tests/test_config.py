@@ -79,6 +79,11 @@ def test_there_and_back_through_json():
         ({"model__backbone": "hybrid", "model__width": 18}, "heads=4 must divide model.width=18"),
         ({"model__transformer__kv_heads": 3}, "kv_heads=3 must divide model.transformer.heads=4"),
         ({"model__backbone": "hybrid", "model__scan_layers": True}, "model.scan_layers goes with .* got 'hybrid'"),
+        ({"model__recurrence": "cudnn"}, "model.recurrence='cudnn' goes with .*'lstm', got 'transformer'"),
+        (
+            {"model__backbone": "lstm", "model__recurrence": "associative"},
+            "goes with .*'hybrid' or 'mingru', got 'lstm'",
+        ),
         ({"model__dropout": 1.0}, r"model.dropout must lie in \[0, 1\), got 1.0"),
         ({"model__norm": "rmsnrm"}, "must be one of 'rmsnorm', 'layernorm', got 'rmsnrm'. Did you mean 'rmsnorm'"),
         ({"model__transformer__attention": "fusd"}, "must be one of 'auto', 'plain', 'fused', .* mean 'fused'"),

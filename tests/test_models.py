@@ -1,5 +1,6 @@
 """The contract that every backbone keeps, for every name in BACKBONES."""
 
+import functools
 import types
 
 import jax
@@ -25,7 +26,7 @@ VARIANTS = [
     ("transformer", {"model.transformer.positions": "learned", "model.context": 32, "model.norm": "layernorm"}),
     ("transformer", {"model.transformer.activation": "swiglu", "model.tie_embedding": True}),
     ("mingru", {"model.mingru.activation": "swiglu", "model.norm": "layernorm"}),
-    ("hybrid", {"model.context": 5}),
+    ("hybrid", {"model.context": 5, "model.recurrence": "associative"}),
 ]
 
 
@@ -288,10 +289,9 @@ def test_a_recurrence_and_its_gradients_equal_the_definition(fast, plain, shapes
     jax.tree.map(lambda a, b: close(a, b, 1e-4), got, expected)
 
 
-@pytest.mark.parametrize("run", ["sequential", "parallel"])
-def test_linear_recurrence_and_its_gradients_equal_the_definition(run, monkeypatch):
-    """On the CPU, and as an accelerator computes it; over a long window, with factors from 0 to 1."""
-    monkeypatch.setattr(mingru, "_sequential", getattr(mingru, f"_{run}"))
+@pytest.mark.parametrize("way", ["auto", "scan", "associative"])
+def test_linear_recurrence_and_its_gradients_equal_the_definition(way):
+    """Over a long window, with factors from 0 to 1."""
     random = np.random.default_rng(0)
     steps, shape = 2048, (2, 3)
     a = random.uniform(0, 1, (steps, *shape)) ** np.array([0.001, 0.1, 4])
@@ -309,7 +309,7 @@ def test_linear_recurrence_and_its_gradients_equal_the_definition(run, monkeypat
     expected = hidden, g * old, g, a[0] * g[0]
 
     def check(a, b, h, weights):
-        got, back = jax.vjp(mingru.linear_recurrence, a, b, h)
+        got, back = jax.vjp(functools.partial(mingru.linear_recurrence, way=way), a, b, h)
         return got, *back(weights)
 
     for got, wanted in zip(jax.jit(check)(*map(np.float32, (a, b, h, weights))), expected, strict=True):

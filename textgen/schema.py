@@ -96,6 +96,14 @@ class MinGRUConfig:
     activation: Literal["gelu", "swiglu", "relu2"]
 
 
+# Value of model.recurrence -> the backbones that can run so; "auto" is for all.
+RECURRENCES = {
+    "scan": ("gru", "hybrid", "lstm", "mingru"),
+    "associative": ("hybrid", "mingru"),
+    "cudnn": ("lstm",),
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     backbone: str
@@ -109,6 +117,7 @@ class ModelConfig:
     compute_dtype: Literal["float32", "bfloat16"]
     remat: bool
     scan_layers: bool = False
+    recurrence: Literal["auto", "scan", "associative", "cudnn"] = "auto"
     transformer: TransformerConfig
     ngram: NGramConfig = NGramConfig(order=7, discount=None)
     mingru: MinGRUConfig = MinGRUConfig(feed_forward_width=512, activation="gelu")
@@ -120,6 +129,12 @@ class ModelConfig:
         require(
             not self.scan_layers or self.backbone in ("mingru", "transformer"),
             f"model.scan_layers goes with model.backbone='transformer' or 'mingru', got {self.backbone!r}.",
+        )
+        served = RECURRENCES.get(self.recurrence, (self.backbone,))
+        require(
+            self.backbone in served,
+            f"model.recurrence={self.recurrence!r} goes with model.backbone={' or '.join(map(repr, served))}, "
+            f"got {self.backbone!r}.",
         )
         if "transformer" in self.groups:
             heads = self.transformer.heads

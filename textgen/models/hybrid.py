@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from textgen.config import ModelConfig
 from textgen.models import mingru
 from textgen.models.transformer import Carry, Transformer
 
@@ -15,6 +16,12 @@ class Hybrid(Transformer):
     Every third block attends, to the last `context` tokens, and so does the last; the others
     recur. In the carry's memory a recurrent block has its State.
     """
+
+    recurrence: str = "auto"  # of mingru.linear_recurrence
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, context: int) -> "Hybrid":
+        return super().from_config(config, context).clone(recurrence=config.recurrence)
 
     def attends(self, i: int) -> bool:
         """Whether block i is one of attention."""
@@ -37,9 +44,8 @@ class Hybrid(Transformer):
             return super().block(i)
         kind = nn.remat(mingru.Block, static_argnums=(4,)) if self.remat else mingru.Block
         o = self.options
-        block = kind(
-            o.feed_forward_width, o.activation, self.layers, self.norm, self.dropout, self.dtype, name=f"block_{i}"
-        )
+        shared = (self.layers, self.norm, self.dropout, self.dtype, self.recurrence)
+        block = kind(o.feed_forward_width, o.activation, *shared, name=f"block_{i}")
 
         def call(x: Any, places: Any, state: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
             del places  # a recurrence knows the order

@@ -10,6 +10,12 @@ from jaxtyping import Array, Float
 Initializer = jax.nn.initializers.Initializer
 
 
+def compute_capability() -> float:
+    """Of the NVIDIA GPU at hand, such as 9.0; 0 where there is none."""
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # '9.0'; 'gfx90a' is AMD's
+    return float(capability) if capability.split(".")[0].isdigit() else 0.0
+
+
 class Linear(nn.Module):
     """y = x W (+ b) over the last axis, as one matrix product.
 

@@ -1,15 +1,18 @@
 """A stack of LSTM layers (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000)."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import rnn
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig
-from textgen.models.layers import Dropout, Linear
+from textgen.errors import note
+from textgen.models.layers import Dropout, Linear, compute_capability
 
 Carry = tuple[tuple[Float[Array, "B D"], ...], ...]  # (h, c) of each layer
 
@@ -26,18 +29,20 @@ class LSTM(nn.Module):
     dropout: float = 0.0
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    cudnn: bool = False
 
     states = 2  # arrays that a layer carries
 
     @property
     def layer(self) -> type[nn.Module]:
         """What the stack is made of."""
-        return Layer
+        return CuDNNLayer if self.cudnn else Layer
 
     @classmethod
     def from_config(cls, config: ModelConfig, context: int) -> "LSTM":
         del context  # its memory has no edge
-        return cls(config.width, config.layers, config.dropout, config.remat, jnp.dtype(config.compute_dtype))
+        dtype = jnp.dtype(config.compute_dtype)
+        return cls(config.width, config.layers, config.dropout, config.remat, dtype, choose_cudnn(config))
 
     @property
     def max_positions(self) -> int | None:
@@ -86,13 +91,25 @@ class Layer(nn.Module):
         kernel = self.param("kernel", Linear.kernel_init, (x.shape[-1], 4 * width), jnp.float32)
         recurrent = self.param("recurrent", orthogonal_gates, (width, 4 * width), jnp.float32)
         bias = self.param("bias", _forget_bias, (4 * width,), jnp.float32)
+        return self.run(x, kernel, recurrent, bias, state, lengths)
 
+    def run(self, x: Any, kernel: Any, recurrent: Any, bias: Any, state: Any, lengths: Any) -> tuple[Any, Any]:
         projected = project(x, kernel, bias, self.dtype)  # [T, B, 4D]
         if lengths is None:
             hidden, state = recurrence(projected, recurrent.astype(self.dtype), *state)
         else:
             hidden, state = _ragged(projected, recurrent.astype(self.dtype), state, lengths)
         return jnp.swapaxes(hidden, 0, 1), state
+
+
+class CuDNNLayer(Layer):
+    """The same with the same parameters, where whole windows run in cuDNN's kernels."""
+
+    def run(self, x: Any, kernel: Any, recurrent: Any, bias: Any, state: Any, lengths: Any) -> tuple[Any, Any]:
+        if lengths is not None or x.shape[1] == 1:
+            return super().run(x, kernel, recurrent, bias, state, lengths)
+        hidden, *state = cudnn(x, *state, jnp.concatenate([kernel, recurrent, bias[None]]))
+        return hidden, tuple(state)
 
 
 def project(x: Float[Array, "B T D"], kernel: Any, bias: Any, dtype: jnp.dtype) -> Float[Array, "T B F"]:
@@ -205,3 +222,87 @@ def _ragged(projected: Any, recurrent: Any, state: Any, lengths: Integer[Array |
 
     state, hidden = jax.lax.scan(step, state, (jnp.arange(projected.shape[0]), projected))
     return hidden, state
+
+
+def choose_cudnn(config: ModelConfig) -> bool:
+    """Whether `cudnn` can be had, for a config and the device at hand, and is not declined.
+
+    It takes an NVIDIA GPU and float32, whose products cuDNN may round to TF32, as XLA does there.
+    A scan is divided over several devices, and this is not.
+    """
+    if config.backbone != "lstm" or config.recurrence == "scan":
+        return False
+    able = compute_capability() > 0 and config.compute_dtype == "float32"
+    reason = _trial() if able else "that takes an NVIDIA GPU and model.compute_dtype='float32'."
+    if reason and (able or config.recurrence == "cudnn"):
+        note(f"model.recurrence={config.recurrence!r}: a scan, as cuDNN's LSTM cannot be had: {reason}")
+    return not reason
+
+
+@functools.cache
+def _trial() -> str:
+    """Why cuDNN's LSTM is not to be used here: it fails, or differs from the scan; "" where all is well."""
+    normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    x, h, c, weights = normal(0, 2, 5, 8), normal(1, 2, 8), normal(2, 2, 8), normal(3, 17, 32)
+
+    def scanned(x: Any, h: Any, c: Any, weights: Any) -> tuple[Any, Any, Any]:
+        kernel, recurrent, bias = jnp.split(weights, [8, 16])
+        hidden, state = recurrence(project(x, kernel, bias[0], x.dtype), recurrent, h, c)
+        return jnp.swapaxes(hidden, 0, 1), *state
+
+    def run(f: Any) -> Any:
+        out, back = jax.vjp(f, x, h, c, weights)
+        return out, back(jax.tree.map(jnp.ones_like, out))
+
+    try:
+        pairs = zip(*(jax.tree.leaves(jax.jit(lambda f=f: run(f))()) for f in (cudnn, scanned)), strict=True)
+        apart = max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in pairs)
+    except Exception as error:  # whatever a driver or a library may raise
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return "" if apart < 2e-2 else f"in a trial it differed from the scan by {apart:.2g} of the largest."
+
+
+@jax.custom_vjp
+def cudnn(
+    x: Float[Array, "B T D"], h: Float[Array, "B D"], c: Float[Array, "B D"], weights: Float[Array, "E F"]
+) -> tuple[Float[Array, "B T D"], Float[Array, "B D"], Float[Array, "B D"]]:
+    """One layer over time in cuDNN's kernels: every h, the last h and the last c.
+
+    Args: weights: kernel, recurrent and bias, one above the other, E = 2D + 1.
+    """
+    return _cudnn_forward(x, h, c, weights)[0]
+
+
+def _cudnn_forward(x: Any, h: Any, c: Any, weights: Any) -> tuple[Any, Any]:
+    @jax.custom_batching.sequential_vmap  # cuDNN knows no seeds side by side
+    def forward(x: Any, h: Any, c: Any, weights: Any) -> tuple[Any, Any]:
+        width = h.shape[-1]
+        kernel, recurrent, bias = jnp.split(weights, [x.shape[-1], weights.shape[0] - 1])
+        flat = jnp.concatenate([kernel.T.ravel(), recurrent.T.ravel(), bias[0], jnp.zeros_like(bias[0])])
+        lengths = jnp.full(x.shape[:1], x.shape[1], jnp.int32)
+        (y, h, c), saved = rnn.lstm_fwd(x, h[None], c[None], flat, lengths, *_shape(x, width))
+        return (y, h[0], c[0]), saved
+
+    return forward(x, h, c, weights)
+
+
+def _cudnn_backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
+    @jax.custom_batching.sequential_vmap
+    def backward(saved: Any, cotangents: Any) -> tuple[Any, Any, Any, Any]:
+        (x, h, *_), (d_y, d_h, d_c) = saved, cotangents
+        inputs, width = x.shape[-1], h.shape[-1]
+        d_x, d_h, d_c, d_flat, _ = rnn.lstm_bwd(*_shape(x, width), saved, (d_y, d_h[None], d_c[None]))
+        sizes = [4 * width * inputs, 4 * width * width, 4 * width]
+        kernel, recurrent, bias, _ = jnp.split(d_flat, np.cumsum(sizes))
+        kernel, recurrent = kernel.reshape(4 * width, inputs).T, recurrent.reshape(4 * width, width).T
+        return d_x, d_h[0], d_c[0], jnp.concatenate([kernel, recurrent, bias[None]])
+
+    return backward(saved, cotangents)
+
+
+def _shape(x: Any, width: int) -> tuple[int, int, int, float, bool, None]:
+    """What cuDNN is told: sizes of input and state, one layer, no dropout, one direction, the default precision."""
+    return x.shape[-1], width, 1, 0.0, False, None
+
+
+cudnn.defvjp(_cudnn_forward, _cudnn_backward)

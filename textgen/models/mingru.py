@@ -5,6 +5,7 @@ be computed together. The block's order, convolution before the recurrence and a
 after it, is that of Griffin (De et al. 2024).
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +45,7 @@ class MinGRU(nn.Module):
     remat: bool = False
     scan_layers: bool = False
     dtype: jnp.dtype = jnp.float32
+    recurrence: str = "auto"  # of `linear_recurrence`
 
     @classmethod
     def from_config(cls, config: ModelConfig, context: int) -> "MinGRU":
@@ -58,6 +60,7 @@ class MinGRU(nn.Module):
             config.remat,
             config.scan_layers,
             jnp.dtype(config.compute_dtype),
+            config.recurrence,
         )
 
     @property
@@ -86,7 +89,8 @@ class MinGRU(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Carry | None]:
         x = Dropout(self.dropout, name="dropout")(x, train)
         kind = nn.remat(Block, prevent_cse=not self.scan_layers, static_argnums=(4,)) if self.remat else Block
-        block = (self.feed_forward_width, self.activation, self.layers, self.norm, self.dropout, self.dtype)
+        shared = (self.layers, self.norm, self.dropout, self.dtype, self.recurrence)
+        block = (self.feed_forward_width, self.activation, *shared)
         states = self.init_carry(x.shape[0], 0) if carry is None else carry
         if self.scan_layers:
             kind = scanned(kind, self.layers, (1, nn.broadcast, nn.broadcast))
@@ -118,6 +122,7 @@ class Block(nn.Module):
     norm: str
     dropout: float
     dtype: jnp.dtype
+    recurrence: str
 
     @nn.compact
     def __call__(self, x: Any, state: State, lengths: Any, train: bool) -> tuple[Any, State]:
@@ -134,7 +139,8 @@ class Block(nn.Module):
         gate, candidate = jnp.split(Linear(2 * width, dtype=self.dtype, name="gates")(u).astype(jnp.float32), 2, -1)
         if lengths is not None:  # a closed gate keeps the state
             gate = jnp.where((jnp.arange(steps)[:, None] < lengths)[..., None], gate, -jnp.inf)
-        hidden = linear_recurrence(jax.nn.sigmoid(-gate), jax.nn.sigmoid(gate) * candidate, h)  # [T, B, D]
+        kept, new = jax.nn.sigmoid(-gate), jax.nn.sigmoid(gate) * candidate
+        hidden = linear_recurrence(kept, new, h, self.recurrence)  # [T, B, D]
         y = jnp.swapaxes(hidden, 0, 1).astype(self.dtype)
         y = Linear(width, False, residual_init(self.layers), self.dtype, name="out")(y)
         x = x + Dropout(self.dropout, name="recurrence_dropout")(y, train)
@@ -159,35 +165,40 @@ def _parallel(a: Any, b: Any, h: Any, *, reverse: bool) -> Any:
     return a * h + b
 
 
-def _run(a: Any, b: Any, h: Any, reverse: bool) -> Any:
+def _run(a: Any, b: Any, h: Any, way: str, *, reverse: bool = False) -> Any:
     if len(a) == 1:  # decoding
         return a * h + b
-    run = lambda f: lambda a, b, h: f(a, b, h, reverse=reverse)
-    return jax.lax.platform_dependent(a, b, h, cpu=run(_sequential), default=run(_parallel))
+    scan, associative = (functools.partial(f, reverse=reverse) for f in (_sequential, _parallel))
+    if way == "auto":
+        return jax.lax.platform_dependent(a, b, h, cpu=scan, default=associative)
+    return (scan if way == "scan" else associative)(a, b, h)
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear_recurrence(
-    a: Float[Array, "T B D"], b: Float[Array, "T B D"], h: Float[Array, "B D"]
+    a: Float[Array, "T B D"], b: Float[Array, "T B D"], h: Float[Array, "B D"], way: str = "auto"
 ) -> Float[Array, "T B D"]:
     """h_t = a_t h_(t-1) + b_t for every t, with 0 <= a <= 1.
 
-    A loop on the CPU, where it is the fastest way by far; an associative scan, log T deep, on an
-    accelerator. The gradient is the same recurrence backwards, so that nothing is kept but the
-    factors and the result.
+    The gradient is the same recurrence backwards, so that nothing is kept but the factors and the
+    result.
+
+    Args:
+      way: "scan", a loop, on the CPU the fastest by far; "associative", a scan log T deep; or
+        "auto", the first on the CPU and the second on an accelerator.
     """
-    return _run(a, b, h, reverse=False)
+    return _run(a, b, h, way)
 
 
-def _forward(a: Any, b: Any, h: Any) -> tuple[Any, Any]:
-    hidden = _run(a, b, h, reverse=False)
+def _forward(a: Any, b: Any, h: Any, way: str) -> tuple[Any, Any]:
+    hidden = _run(a, b, h, way)
     return hidden, (a, h, hidden)
 
 
-def _backward(saved: Any, d_hidden: Any) -> tuple[Any, Any, Any]:
+def _backward(way: str, saved: Any, d_hidden: Any) -> tuple[Any, Any, Any]:
     a, h, hidden = saved
     after = jnp.concatenate([a[1:], jnp.ones_like(a[:1])])
-    d_b = _run(after, d_hidden, jnp.zeros_like(h), reverse=True)
+    d_b = _run(after, d_hidden, jnp.zeros_like(h), way, reverse=True)
     return d_b * jnp.concatenate([h[None], hidden[:-1]]), d_b, a[0] * d_b[0]
 
 

@@ -22,6 +22,7 @@ from textgen.models.layers import (
     Dropout,
     Linear,
     Norm,
+    compute_capability,
     feed_forward,
     feed_forward_flops,
     for_each_layer,
@@ -195,7 +196,7 @@ def choose_implementation(config: ModelConfig) -> str | None:
     width is a multiple of 8, at most 128. XLA's is no faster than `attend`, so "auto" leaves it out.
     """
     key_width = config.width // config.transformer.heads
-    cudnn = config.compute_dtype == "bfloat16" and key_width % 8 == 0 and key_width <= 128 and _ampere()
+    cudnn = config.compute_dtype == "bfloat16" and key_width % 8 == 0 and key_width <= 128 and compute_capability() >= 8
     if config.transformer.attention == "fused" and not cudnn:
         note(
             "model.transformer.attention='fused': XLA's, as cuDNN's cannot be had. That takes an NVIDIA GPU from "
@@ -203,11 +204,6 @@ def choose_implementation(config: ModelConfig) -> str | None:
         )
         return "xla"
     return "cudnn" if cudnn and config.transformer.attention != "plain" else None
-
-
-def _ampere() -> bool:
-    capability = getattr(jax.local_devices()[0], "compute_capability", "")  # '9.0'; 'gfx90a' is AMD's
-    return capability.split(".")[0].isdigit() and float(capability) >= 8
 
 
 def angles(positions: Integer[Array | np.ndarray, "R T"], key_width: int, base: float) -> tuple[Any, Any]:
