@@ -15,6 +15,7 @@ and the features that the model's own heads for later tokens read; None where th
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import flax.struct
@@ -25,6 +26,7 @@ from jaxtyping import Float, Integer
 
 from textgen.config import require
 from textgen.generate import Generated, bucket, check_request, observe, pad
+from textgen.parallel import workers
 from textgen.sampling import Chain, Moment, draw
 
 
@@ -133,6 +135,7 @@ class State:
     Attributes:
       carry, draft: the model's past and the draft's state, up to but without `token`.
       token: [B] the last token.
+      before: [B] tokens of the prompt.
       memory: the chain's, `token` included.
       made: [B] new tokens.
       generated: Generated of [B, R], filled up to `made`.
@@ -142,6 +145,7 @@ class State:
     carry: Any
     draft: Any
     token: Any
+    before: Any
     memory: Any
     made: Any
     generated: Any
@@ -169,7 +173,7 @@ class Speculator:
         """
         self.draft, self.max_positions = draft, max_positions
 
-        def run(params, draft_params, prompts, lengths, keys, copies, chain, draft_chain, length, *, room, capacity):
+        def begin(params, draft_params, prompts, lengths, copies, chain, *, room, capacity):
             before = lengths - 1
             logits, features, carry = score(params, prompts, init_carry(len(prompts), capacity), before)
             start = draft.begin(draft_params, prompts, before, _last(features, before), capacity)
@@ -180,17 +184,21 @@ class Speculator:
             rows, vocabulary = len(copies), logits.shape[-1]
             memory = chain.init(prompts, lengths, vocabulary, prompts.shape[1] + room + draft.gamma + 1)
             zero = jnp.zeros(rows, jnp.int32)
-            state = State(carry, start, token, memory, zero, _nothing(rows, room + draft.gamma + 1, logits), zero, zero)
+            return State(
+                carry, start, token, lengths, memory, zero, _nothing(rows, room + draft.gamma + 1, logits), zero, zero
+            )
+
+        def run(params, draft_params, state, keys, rows, chain, draft_chain, length, *, room):
+            state, keys = jax.tree.map(lambda leaf: leaf[rows], (state, keys))
 
             def body(state):
-                return _round(
-                    score, draft, params, draft_params, keys, lengths, chain, draft_chain, length, room, state
-                )
+                return _round(score, draft, params, draft_params, keys, chain, draft_chain, length, room, state)
 
             state = jax.lax.while_loop(lambda state: jnp.any(state.made < length), body, state)
             return Speculated(state.generated, state.calls, state.accepted)
 
-        self._run = jax.jit(run, static_argnames=("room", "capacity"))
+        self._begin = jax.jit(begin, static_argnames=("room", "capacity"))
+        self._run = jax.jit(run, static_argnames="room")
 
     def __call__(
         self,
@@ -226,21 +234,23 @@ class Speculator:
         )
         if draft_chain is None:
             draft_chain = Chain(tuple(t for t in chain.transforms if t.init is None))
-        room = bucket(length)
-        made = self._run(
-            params,
-            draft_params,
-            padded,
-            lengths,
-            keys,
-            np.repeat(np.arange(len(prompts)), num_samples),
-            chain,
-            draft_chain,
-            np.int32(length),
-            room=room,
-            capacity=padded.shape[1] + room + self.draft.gamma + 1,
+        room, rows = bucket(length), np.arange(len(prompts) * num_samples)
+        capacity = padded.shape[1] + room + self.draft.gamma + 1
+        state = self._begin(
+            params, draft_params, padded, lengths, rows // num_samples, chain, room=room, capacity=capacity
         )
-        made = jax.tree.map(np.asarray, made)
+
+        def share(some: Any) -> Speculated:
+            chains = chain.row(some), draft_chain.row(some)
+            made = self._run(params, draft_params, state, keys, some, *chains, np.int32(length), room=room)
+            return jax.tree.map(np.asarray, made)
+
+        # Rows keep unequal numbers of tokens. Side by side they have to be laid out anew for one another, which costs
+        # a CPU more than it saves.
+        alone = jax.default_backend() == "cpu"
+        with ThreadPoolExecutor(workers()) as pool:
+            parts = list(pool.map(share, np.split(rows, len(rows) if alone else 1)))
+        made = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return made.replace(generated=jax.tree.map(lambda leaf: leaf[:, :length], made.generated))
 
 
@@ -266,10 +276,10 @@ def speculator(model: Any, draft: Any = None, *, gamma: int) -> Speculator:
     return Speculator(method(model, "score"), model.init_carry, proposer, model.max_positions)
 
 
-def _round(score, draft, params, draft_params, keys, lengths, chain, draft_chain, length, room, state):
+def _round(score, draft, params, draft_params, keys, chain, draft_chain, length, room, state):
     """One call of the model: between 1 and gamma + 1 new tokens a row, none for rows that are done."""
     gamma, rows = draft.gamma, len(state.token)
-    position = (lengths + state.made)[:, None] + jnp.arange(gamma + 1)  # [B, T]
+    position = (state.before + state.made)[:, None] + jnp.arange(gamma + 1)  # [B, T]
     anew, more, keep, propose = _chances(keys, position)
     proposed, q_drawn = draft.propose(draft_params, state.draft, state.token, draft_chain, propose[:, :gamma])
     tokens = jnp.concatenate([state.token[:, None], proposed], 1)  # [B, T]
@@ -297,6 +307,7 @@ def _round(score, draft, params, draft_params, keys, lengths, chain, draft_chain
         carry,
         new_draft,
         jnp.where(going_on, replacement, state.token),
+        state.before,
         commit(replacement),
         state.made + taken,
         jax.tree.map(lambda old, new: write(old, new, place), state.generated, told),

@@ -35,18 +35,20 @@ from textgen.models.layers import (
 class Carry:
     """The past of each row: a ring of the last S keys and values of every layer.
 
-    All rows write the same slot, so a step is one slice update and no scatter. A longer call lays
-    the ring out anew, so that every row ends where the longest does; from then on the rows agree.
-    Until the ring is full, what is free lies behind.
+    All rows write the same slots, so a step is one slice update and no scatter. A call that gives
+    the rows unequal numbers of tokens lays the ring out anew, so that every row ends where the
+    longest does; from then on the rows agree. Until the ring is full, what is free lies behind.
 
     Attributes:
       memory: for each layer (keys [B, G, S, K], values [B, G, S, K]); where the layers are scanned,
         one pair for all, [B, L, G, S, K].
+      places: [B, S] 1 + the position of the token in each slot; 0 where there is none.
       position: [B] tokens that the row has seen.
       written: [B] where the next slot is, before it is taken modulo S; equal in all rows.
     """
 
     memory: tuple[Any, ...]
+    places: Any
     position: Any
     written: Any
 
@@ -88,9 +90,10 @@ class Transformer(nn.Module):
     def init_carry(self, batch_size: int, max_length: int) -> Carry:
         """An empty past with room for `max_length` tokens, or for the context where that is less."""
         groups, key_width = self.options.kv_heads or self.options.heads, self.width // self.options.heads
-        empty = jnp.zeros((batch_size, groups, min(max_length, self.context), key_width), self.dtype)
-        zeros = jnp.zeros((batch_size,), jnp.int32)
-        return Carry(for_each_layer((empty, empty), self.layers, self.scan_layers), zeros, zeros)
+        slots = min(max_length, self.context)
+        empty = jnp.zeros((batch_size, groups, slots, key_width), self.dtype)
+        places, zeros = jnp.zeros((batch_size, slots), jnp.int32), jnp.zeros((batch_size,), jnp.int32)
+        return Carry(for_each_layer((empty, empty), self.layers, self.scan_layers), places, zeros, zeros)
 
     def flops_per_token(self, length: int) -> float:
         """Of a forward pass's matrix products, averaged over a window of `length` tokens."""
@@ -135,8 +138,14 @@ class Transformer(nn.Module):
             known = np.arange(steps, dtype=np.int32)[None] if carry is None else positions
             turn = angles(known, self.width // self.options.heads, self.options.rope_base)
 
-        memory, written = (None, None) if carry is None else (carry.memory, carry.written)
-        places = positions, turn, written
+        memory = past = None
+        if carry is not None:
+            memory, new = carry.memory, steps if lengths is None else lengths
+            position = carry.position + new
+            agree = lengths is None or len(x) == 1
+            after = carry.written + new if agree else jnp.broadcast_to(jnp.max(position), position.shape)
+            past = carry.places - 1, carry.written[0], after[0]
+        places = positions, turn, past
         if self.scan_layers:
             x, memory = self.block(0)(x, places, memory, lengths, train)
         else:
@@ -147,10 +156,7 @@ class Transformer(nn.Module):
             memory = tuple(new)
         if carry is None:
             return x, None
-        position = carry.position + (steps if lengths is None else lengths)
-        one = steps == 1 and lengths is None
-        written = carry.written + 1 if one else jnp.broadcast_to(jnp.max(position), position.shape)
-        return x, Carry(memory, position, written)
+        return x, Carry(memory, remember(carry.places, positions + 1, *past[1:], lengths, 1), position, after)
 
 
 class Block(nn.Module):
@@ -166,8 +172,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, places: Any, memory: Any, lengths: Any, train: bool) -> tuple[Any, Any]:
-        """`places` of the tokens: (their positions [B or 1, T], the sines and cosines, `written` as in Carry)."""
-        o, width, (positions, turn, written) = self.options, x.shape[-1], places
+        """`places` of the tokens: (their positions [B or 1, T], the sines and cosines, `past` as in `attention`)."""
+        o, width, (positions, turn, past) = self.options, x.shape[-1], places
         bias = self.norm == "layernorm"
         linear = lambda features, name, init=Linear.kernel_init: Linear(features, bias, init, self.dtype, name=name)
 
@@ -179,7 +185,7 @@ class Block(nn.Module):
             q, k = Norm("rmsnorm", name="query_norm")(q), Norm("rmsnorm", name="key_norm")(k)
         if o.positions == "rope":
             q, k = rotate(jnp.concatenate([q, k], axis=1), turn, heads)
-        y, memory = attention(q, k, v, positions, memory, written, lengths, self.context, self.implementation)
+        y, memory = attention(q, k, v, positions, memory, past, lengths, self.context, self.implementation)
         y = jnp.swapaxes(y, 1, 2).reshape(x.shape)  # [B, T, D]
         x = x + Dropout(self.dropout, name="attention_dropout")(
             linear(width, "out", residual_init(self.layers))(y), train
@@ -236,7 +242,7 @@ def attention(
     v: Any,
     positions: Any,
     memory: Any,
-    written: Any,
+    past: Any,
     lengths: Any,
     context: int,
     implementation: str | None,
@@ -248,7 +254,8 @@ def attention(
 
     Args:
       q: [B, H, T, K]; k, v: [B, G, T, K]; positions: [B or 1, T].
-      memory, written: of one layer, as in Carry; None: there is no past.
+      memory: of one layer, as in Carry; None: there is no past.
+      past: (positions [B, S] of what is in the ring, below 0 where nothing is; `written` before; after).
       lengths: [B] or None.
       implementation: of `fused`, which may compute what has no past; None: `attend` does.
     """
@@ -256,26 +263,38 @@ def attention(
         return fused(q, k, v, context, implementation), None
     if memory is None:
         return attend(q, [(k, v, positions)], positions, context), None
-    keys, values = memory
-    position, steps, slots = positions[:, 0], k.shape[2], keys.shape[2]
-    ring = jnp.arange(slots)
-    age = (written[0] - 1 - ring) % slots  # 0: the last token before these
-    old = (keys, values, position[:, None] - 1 - age)
-    if steps == 1 and lengths is None:
-        y = attend(q, [old, (k, v, positions)], positions, min(context, slots))
-        # Where to write depends on y, if only in appearance: XLA then knows that the ring has been
-        # read, and writes in place. Otherwise it copies the whole ring for a batch of one.
-        slot = (written[0] + (0 * y[0, 0, 0, 0]).astype(written.dtype)) % slots
-        write = lambda ring, new: jax.lax.dynamic_update_slice_in_dim(ring, new, slot, axis=2)
-        return y, (write(keys, k), write(values, v))
-    taken = jnp.full_like(position, steps) if lengths is None else lengths
-    y = attend(q, [old, (k, v, positions)], positions, context)
-    # The last S tokens of each row in the slots that a step by step would have given the longest row's.
-    age = (jnp.max(position + taken) - 1 - ring) % slots  # 0: the last of these tokens
+    (keys, values), (old, before, after) = memory, past
+    near = min(context, keys.shape[2]) if k.shape[2] == 1 else context
+    y = attend(q, [(keys, values, old), (k, v, positions)], positions, near)
+    # Where to write depends on y, if only in appearance: XLA then knows that the ring has been
+    # read, and writes in place. Otherwise it copies the whole ring.
+    before = before + (0 * y[0, 0, 0, 0]).astype(before.dtype)
+    return y, (remember(keys, k, before, after, lengths, 2), remember(values, v, before, after, lengths, 2))
+
+
+def remember(ring: Any, new: Any, before: Any, after: Any, lengths: Any, axis: int) -> Any:
+    """The ring with what T tokens add to it; the slots are one axis.
+
+    Args:
+      before, after: where the next slot is, now and then; see Carry.
+      lengths: [B] how many of the tokens are real. None: all.
+    """
+    slots, steps = ring.shape[axis], new.shape[axis]
+    if steps <= max(slots // 2, 1) and (lengths is None or len(new) == 1):  # all rows write the same slots
+        if steps == 1 and lengths is None:
+            return jax.lax.dynamic_update_slice_in_dim(ring, new, before % slots, axis)
+        place = (slice(None),) * axis + ((before + jnp.arange(steps)) % slots,)
+        if lengths is not None:
+            real = jnp.expand_dims(jnp.arange(steps) < lengths[0], range(1, ring.ndim - axis))
+            new = jnp.where(real, new, ring[place])
+        return ring.at[place].set(new, unique_indices=True)
+    # The last S tokens of each row, every row's last one in the same slot.
+    taken = jnp.full((len(new),), steps) if lengths is None else lengths
+    age = (after - 1 - jnp.arange(slots)) % slots  # 0: the last of these tokens
     order = slots + taken[:, None] - 1 - age  # [B, S], into old tokens oldest first, then new ones
-    order = jnp.where(order < slots, (written[0] + order) % slots, order)[:, None, :, None]
-    join = lambda ring, new: jnp.take_along_axis(jnp.concatenate([ring, new], axis=2), order, axis=2)
-    return y, (join(keys, k), join(values, v))
+    order = jnp.where(order < slots, (before + order) % slots, order)
+    order = jnp.expand_dims(order, [i for i in range(1, ring.ndim) if i != axis])
+    return jnp.take_along_axis(jnp.concatenate([ring, new], axis), order, axis)
 
 
 def fused(q: Any, k: Any, v: Any, context: int, implementation: str) -> Float[Array, "B H T K"]:
