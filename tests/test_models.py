@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from textgen import errors, models
 from textgen.models import gru, lstm, mingru
-from textgen.models.transformer import attend, choose_implementation, fused
+from textgen.models.transformer import attend, attend_in_blocks, choose_implementation, fused
 
 V = 11
 # What keeps the whole contract, and the variants that differ in how they treat the past.
@@ -337,6 +337,18 @@ def test_attention_equals_a_loop_over_tokens(shape, seed):
                 weights = np.exp(scores - scores.max())
                 expected = weights @ v[b, head * g // h, near] / weights.sum()
                 np.testing.assert_allclose(got[b, head, t], expected, atol=2e-6)
+
+
+@pytest.mark.parametrize(("steps", "context"), [(64, 64), (65, 1), (65, 2), (130, 200), (130, 65), (600, 77)])
+def test_attention_in_blocks_and_its_gradients_equal_that_of_all_at_once(steps, context):
+    random = np.random.default_rng(0)
+    q = random.standard_normal((2, 2, steps, 4)).astype(np.float32)
+    k, v = random.standard_normal((2, 2, 1, steps, 4)).astype(np.float32)
+    positions = np.arange(steps, dtype=np.int32)[None]
+    one = lambda q, k, v: attend(q, [(k, v, positions)], positions, context)
+    blocks = lambda q, k, v: attend_in_blocks(q, k, v, positions, context)
+    both = lambda f: jax.jit(lambda *a: (f(*a), jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*a)))
+    jax.tree.map(close, both(blocks)(q, k, v), both(one)(q, k, v))
 
 
 @pytest.mark.parametrize("context", [1, 3, 6, 9])
