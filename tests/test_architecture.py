@@ -31,6 +31,7 @@ BESIDE = {
     ("generate", "sampling"),
     ("decoding", "decoders"),
     ("optimizers", "parallel"),
+    ("speculative", "parallel"),
     ("run", "assess"),
 }
 BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}
