@@ -11,6 +11,7 @@ of the product's rate a job's own products make is its `of limit`.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ from absl import flags
 from experiments import launch
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed turns of each side.")
-_ONLY = flags.DEFINE_string("only", r"^(train|evaluate|decode|start)", "Jobs whose name this pattern finds.")
+_ONLY = flags.DEFINE_string("only", r"^(train|evaluate|decode|speculate|start)", "Jobs whose name this pattern finds.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 _PAGE = flags.DEFINE_string(
     "page", None, "Write a page with the table, and with cost against size where it was measured."
@@ -62,6 +63,7 @@ class Job:
       flops: of its matrix products.
       ours: makes our call.
       peers: make theirs.
+      remark: what else the call showed.
     """
 
     name: str
@@ -69,7 +71,8 @@ class Job:
     tokens: int
     flops: float
     ours: Callable[[], Callable[[], None]]
-    peers: dict[str, Callable[[], Callable[[], None]]]
+    peers: dict[str, Callable[[], Callable[[], Any]]]
+    remark: Callable[[], str] = lambda: ""
 
 
 SMALL = Shape("transformer", 128, 4, 12, 64)  # nanoGPT's recipe for a CPU: 0.8M parameters
@@ -81,6 +84,9 @@ TRAINING = [
 ]
 EVALUATION = [Shape("transformer", 128, 4, 64, 128), Shape("lstm", 128, 2, 64, 128)]
 DECODING = [Shape(backbone, 128, 4, rows, 200) for backbone in ("transformer", "lstm") for rows in (1, 16, 64)]
+SPECULATION = dataclasses.replace(SMALL, rows=1, tokens=200)
+ORDER, GAMMA = 5, 4  # of the n-gram that proposes; tokens that it proposes at a time
+LEARNING = 400  # steps that the speculating model learns for: until then its text can hardly be foreseen
 SIZES = [
     *(dataclasses.replace(SMALL, rows=rows) for rows in (3, 12, 48)),
     *(dataclasses.replace(SMALL, tokens=tokens) for tokens in (32, 128, 512)),
@@ -142,19 +148,73 @@ def evaluation(shape: Shape) -> Callable[[], None]:
     return lambda: evaluator.window_nats(params, text)
 
 
-def decoding(shape: Shape) -> Callable[[], None]:
-    """New tokens, and what the sampler tells of each."""
+def decoding(shape: Shape, model: Any = None, params: Any = None) -> Callable[[], Any]:
+    """New tokens, and what the sampler tells of each; of an untrained model of that shape where none is given."""
     import numpy as np
 
     from textgen import generate, sampling
 
-    _, model = build(shape)
-    params = _params(model)
+    if model is None:
+        model = build(shape)[1]
+        params = _params(model)
     step = lambda params, *inputs: model.apply({"params": params}, *inputs, method="next_token")
     generator = generate.Generator(step, model.init_carry, model.max_positions)
     chain = sampling.chain(sampling.temperature(TEMPERATURE))
     prompt, keys = [np.arange(PROMPT, dtype=np.int32)], generate.row_keys(0, shape.rows)
     return lambda: generator(params, prompt, keys, chain, length=shape.tokens, num_samples=shape.rows)
+
+
+class Speculation:
+    """The main job's Transformer after its first steps, and an n-gram of the same text that proposes."""
+
+    @functools.cached_property
+    def trained(self) -> tuple[Any, Any, Any, Any]:
+        """(model, its parameters, the n-gram, its tables)."""
+        import jax
+        import numpy as np
+
+        from configs import shakespeare
+        from textgen import config as config_lib
+        from textgen import corpora, data, models, parallel, train
+        from textgen.models import ngram
+        from textgen.tokenizers import CharacterTokenizer
+
+        text = corpora.NAMED["tiny_shakespeare"]()
+        tokens = CharacterTokenizer("".join(sorted(set(text)))).encode(text)
+        source = shakespeare.get_config()
+        source.train.steps = LEARNING
+        config = config_lib.from_dict(source)
+        model = models.build(config, SMALL.vocabulary)
+        trainer = train.Trainer(model, config, parallel.make_mesh(config.mesh))
+        state, batches, most = trainer.init(), data.Batches(tokens, config.data, 0), config.train.steps_per_dispatch
+        for step in range(0, LEARNING, most):
+            state, _ = trainer.dispatch(state, *batches(step, min(most, LEARNING - step)))
+        tables = jax.tree.map(jax.numpy.asarray, ngram.fit(np.asarray(tokens), ORDER, SMALL.vocabulary))
+        return model, state.eval_params, models.NGram(ORDER, SMALL.vocabulary), tables
+
+    def ours(self) -> Callable[[], None]:
+        """Several tokens a call."""
+        import numpy as np
+
+        from textgen import generate, sampling, speculative
+
+        model, params, draft, tables = self.trained
+        speculator = speculative.speculator(model, draft, gamma=GAMMA)
+        chain, keys = sampling.chain(sampling.temperature(TEMPERATURE)), generate.row_keys(0, 1)
+        prompt = [np.arange(PROMPT, dtype=np.int32)]
+
+        def call() -> None:
+            made = speculator(params, tables, prompt, keys, chain, length=SPECULATION.tokens)
+            self.tokens_per_call = made.tokens_per_call
+
+        return call
+
+    def plain(self) -> Callable[[], Any]:
+        """One token a call."""
+        return decoding(SPECULATION, *self.trained[:2])
+
+    def remark(self) -> str:
+        return f"{self.tokens_per_call:.2f} tokens a call"
 
 
 def _params(model: Any) -> Any:
@@ -185,6 +245,9 @@ def jobs() -> Iterator[Job]:
         theirs = {peer: lambda s=s: peers.generation(s, PROMPT, TEMPERATURE)}
         tokens = s.rows * s.tokens
         yield Job(f"decode {s}", s, tokens, tokens * _flops(s), lambda s=s: decoding(s), theirs)
+    s, speculation = SPECULATION, Speculation()
+    theirs = {"one token a call": speculation.plain}
+    yield Job(f"speculate {s}", s, s.tokens, s.tokens * _flops(s), speculation.ours, theirs, speculation.remark)
 
 
 def _flops(shape: Shape) -> float:
@@ -241,7 +304,9 @@ def compare_launches() -> list[dict[str, Any]]:
     for i, (name, unit) in enumerate((("start", "s"), ("memory", "MiB"))):
         ours, theirs = (statistics.median(turn[side][i] for turn in turns) for side in turns[0])
         peers = {"PyTorch eager": theirs}
-        rows.append({"job": f"{name} {SMALL}", "unit": unit, "ours": ours, "peers": peers, "ratio": theirs / ours})
+        rows.append(
+            {"job": f"{name} {SMALL}", "unit": unit, "ours": ours, "peers": peers, "ratio": theirs / ours, "remark": ""}
+        )
     return rows
 
 
@@ -304,9 +369,8 @@ def main() -> None:
             their = ", ".join(f"{name} {value:,.{0 if value >= 100 else 1}f}" for name, value in row["peers"].items())
             part = f"   {row['of_limit']:4.0%} of limit" if "of_limit" in row else ""
             ours = f"{row['ours']:,.{0 if row['ours'] >= 100 else 1}f}"
-            print(
-                f"{row['job']:36s} {ours:>10s} {row['unit']:8s} ratio {row['ratio']:6.2f}{part}   ({their})", flush=True
-            )
+            told = f"{row['job']:36s} {ours:>10s} {row['unit']:8s} ratio {row['ratio']:6.2f}{part}"
+            print(f"{told}   ({their}) {row['remark']}", flush=True)
 
     chosen = [job for job in jobs() if re.search(_ONLY.value, job.name)]
     starts = re.search(_ONLY.value, "start")
@@ -319,6 +383,7 @@ def main() -> None:
         ours = rate.pop("ours")
         of_limit = job.flops / took["ours"] / limit["flops"]
         row = {"job": job.name, "shape": job.shape, "unit": "tokens/s", "ours": ours, "peers": rate}
+        row["remark"] = job.remark()
         show(row | {"ratio": ours / max(rate.values()), "of_limit": of_limit})
     if starts:
         for row in compare_launches():
