@@ -45,7 +45,7 @@ def table(order, seed, spread=1.5):
 
 
 PROMPT = np.array([1, 2], np.int32)
-MARKOV = {g: speculative.Speculator(score, first, speculative.model_draft(step, first, g)) for g in (1, 3)}
+MARKOV = {g: speculative.Speculator(score, first, speculative.model_draft(step, first, g), alone=False) for g in (1, 3)}
 
 
 def softmax(logits):
@@ -193,10 +193,11 @@ def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(kind):
     def run(rows):
         return speculator(params, draft_params, [prompts[i] for i in rows], keys[np.array(rows)], SHARP, length=18)
 
+    speculator.alone = False
     together = run([0, 1, 2])
     assert together.generated.tokens.shape == (3, 18)
     assert (together.calls + together.accepted >= 18).all()
-    for rows in ([1], [2, 1, 0]):
+    for speculator.alone, rows in ((False, [1]), (False, [2, 1, 0]), (True, [2, 1, 0])):
         some, wanted = run(rows), jax.tree.map(lambda leaf, rows=rows: leaf[np.array(rows)], together)
         for name in ("calls", "accepted"):
             np.testing.assert_array_equal(getattr(some, name), getattr(wanted, name))

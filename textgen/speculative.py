@@ -162,6 +162,7 @@ class Speculator:
         init_carry: Callable[[int, int], Any],
         draft: Draft,
         max_positions: int | None = None,
+        alone: bool | None = None,
     ):
         """
         Args:
@@ -170,8 +171,12 @@ class Speculator:
             XLA finds that both are one computation. An LSTM runs twice.
           init_carry, max_positions: as in generate.Generator.
           draft: from `model_draft` or `heads_draft`.
+          alone: compute each row by itself. Rows keep unequal numbers of tokens, and side by side a
+            Transformer has to lay them out anew for one another, which costs a CPU more than it
+            saves. None: on a CPU.
         """
         self.draft, self.max_positions = draft, max_positions
+        self.alone = jax.default_backend() == "cpu" if alone is None else alone
 
         def begin(params, draft_params, prompts, lengths, copies, chain, *, room, capacity):
             before = lengths - 1
@@ -245,11 +250,8 @@ class Speculator:
             made = self._run(params, draft_params, state, keys, some, *chains, np.int32(length), room=room)
             return jax.tree.map(np.asarray, made)
 
-        # Rows keep unequal numbers of tokens. Side by side they have to be laid out anew for one another, which costs
-        # a CPU more than it saves.
-        alone = jax.default_backend() == "cpu"
         with ThreadPoolExecutor(workers()) as pool:
-            parts = list(pool.map(share, np.split(rows, len(rows) if alone else 1)))
+            parts = list(pool.map(share, np.split(rows, len(rows) if self.alone else 1)))
         made = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
         return made.replace(generated=jax.tree.map(lambda leaf: leaf[:, :length], made.generated))
 
