@@ -20,10 +20,15 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def pytest_configure(config):
-    """The quick selection compiles without most optimizations, in less time. `pytest` alone uses them all."""
-    if "not slow" in config.option.markexpr:
-        jax.config.update("jax_disable_most_optimizations", True)
+# Where XLA's optimizations could change what is shown; other tests compile without most of them, in less time.
+OPTIMIZED = ["generate", "layers", "lstm", "models", "speculative", "train"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """The quick selection does without everywhere."""
+    full = "not slow" not in item.config.option.markexpr and item.path.stem.removeprefix("test_") in OPTIMIZED
+    jax.config.update("jax_disable_most_optimizations", not full)
 
 
 # What takes longest comes first: a process is given whole files, and a long one at the end would leave the other idle.

@@ -17,6 +17,7 @@ TINY = [
     "--config=configs/tiny.py",
     "--config.train.steps=20",
     "--config.eval.every_steps=10",
+    "--config.sample.length=20",
 ]
 
 

@@ -165,7 +165,6 @@ def test_bad_requests_of_a_loaded_model(finished, prompt, options, message):
     [
         ("transformer", "signal"),
         pytest.param("lstm", "crash", marks=pytest.mark.slow),
-        pytest.param("mingru", "crash", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted(text_file, tmp_path, name, how, monkeypatch):
