@@ -1,6 +1,7 @@
 """Shapes are checked at run time, four virtual CPU devices stand by, and models are tiny."""
 
 import os
+import types
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -91,6 +92,14 @@ def noisy_params(model, seed=0):
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     random = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: jnp.asarray(0.4 * random.standard_normal(leaf.shape), jnp.float32), shapes)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The device that is seen where it is asked what it can do: an NVIDIA GPU."""
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    return device
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ In the kernels' place stands JAX's plain definition of what they compute, with t
 the weights.
 """
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,15 +36,13 @@ def backward(inputs, width, layers, dropout, bidirectional, precision, saved, co
 
 
 @pytest.fixture
-def nvidia(monkeypatch):
+def nvidia(gpu, monkeypatch):
     """As on a GPU whose cuDNN works."""
-    devices = [types.SimpleNamespace(platform="gpu", compute_capability="9.0")]
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr(rnn, "lstm_fwd", forward)
     monkeypatch.setattr(rnn, "lstm_bwd", backward)
     lstm._trial.cache_clear()
     errors.note.cache_clear()
-    yield
+    yield gpu
     lstm._trial.cache_clear()
 
 
@@ -114,7 +110,7 @@ def test_seeds_side_by_side_equal_one_by_one(nvidia):
     ],
 )
 def test_it_is_taken_where_it_can_be_had(nvidia, recurrence, capability, dtype, taken, told, capsys):
-    jax.local_devices()[0].compute_capability = capability
+    nvidia.compute_capability = capability
     chosen = config(recurrence, **{"model.compute_dtype": dtype})
     assert [lstm.choose_cudnn(chosen.model) for _ in range(2)] == [taken] * 2
     said = capsys.readouterr().err

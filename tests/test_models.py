@@ -1,7 +1,6 @@
 """The contract that every backbone keeps, for every name in BACKBONES."""
 
 import functools
-import types
 
 import jax
 import jax.numpy as jnp
@@ -339,6 +338,11 @@ def test_attention_equals_a_loop_over_tokens(shape, seed):
                 np.testing.assert_allclose(got[b, head, t], expected, atol=2e-6)
 
 
+def with_gradients(f):
+    """(q, k, v) -> (y, the gradients of sum(sin(y)))."""
+    return jax.jit(lambda *a: (f(*a), jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*a)))
+
+
 @pytest.mark.parametrize(("steps", "context"), [(64, 64), (65, 1), (65, 2), (130, 200), (130, 65), (600, 77)])
 def test_attention_in_blocks_and_its_gradients_equal_that_of_all_at_once(steps, context):
     random = np.random.default_rng(0)
@@ -347,8 +351,7 @@ def test_attention_in_blocks_and_its_gradients_equal_that_of_all_at_once(steps, 
     positions = np.arange(steps, dtype=np.int32)[None]
     one = lambda q, k, v: attend(q, [(k, v, positions)], positions, context)
     blocks = lambda q, k, v: attend_in_blocks(q, k, v, positions, context)
-    both = lambda f: jax.jit(lambda *a: (f(*a), jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*a)))
-    jax.tree.map(close, both(blocks)(q, k, v), both(one)(q, k, v))
+    jax.tree.map(close, with_gradients(blocks)(q, k, v), with_gradients(one)(q, k, v))
 
 
 @pytest.mark.parametrize("context", [1, 3, 6, 9])
@@ -358,17 +361,14 @@ def test_fused_attention_and_its_gradients_equal_the_plain(context):
     k, v = random.standard_normal((2, 2, 2, 6, 8)).astype(np.float32)
     positions = np.arange(6, dtype=np.int32)[None]
     plain = lambda q, k, v: attend(q, [(k, v, positions)], positions, context)
-    both = lambda f: jax.jit(lambda *a: (f(*a), jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*a)))
-    jax.tree.map(close, both(lambda *a: fused(*a, context, "xla"))(q, k, v), both(plain)(q, k, v))
+    jax.tree.map(close, with_gradients(lambda *a: fused(*a, context, "xla"))(q, k, v), with_gradients(plain)(q, k, v))
 
 
 @pytest.fixture
-def hopper(monkeypatch):
+def hopper(gpu, monkeypatch):
     """As on a GPU that has cuDNN's attention, as far as tracing asks."""
-    devices = [types.SimpleNamespace(platform="gpu", compute_capability="9.0")]
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91_000)
-    return devices[0]
+    return gpu
 
 
 BF16 = {"model.compute_dtype": "bfloat16", "model.width": 64}

@@ -178,23 +178,19 @@ class Speculator:
         self.draft, self.max_positions = draft, max_positions
         self.alone = jax.default_backend() == "cpu" if alone is None else alone
 
-        def begin(params, draft_params, prompts, lengths, copies, chain, *, room, capacity):
+        def prefill(params, draft_params, prompts, lengths, *, capacity):
             before = lengths - 1
             logits, features, carry = score(params, prompts, init_carry(len(prompts), capacity), before)
             start = draft.begin(draft_params, prompts, before, _last(features, before), capacity)
             token = jnp.take_along_axis(prompts, before[:, None], 1)[:, 0]
-            carry, start, token, prompts, lengths = jax.tree.map(
-                lambda leaf: jnp.take(leaf, copies, axis=0), (carry, start, token, prompts, lengths)
-            )
-            rows, vocabulary = len(copies), logits.shape[-1]
-            memory = chain.init(prompts, lengths, vocabulary, prompts.shape[1] + room + draft.gamma + 1)
-            zero = jnp.zeros(rows, jnp.int32)
-            return State(
-                carry, start, token, lengths, memory, zero, _nothing(rows, room + draft.gamma + 1, logits), zero, zero
-            )
+            return carry, start, token, prompts, lengths, logits[:, 0]
 
-        def run(params, draft_params, state, keys, rows, chain, draft_chain, length, *, room):
-            state, keys = jax.tree.map(lambda leaf: leaf[rows], (state, keys))
+        def run(params, draft_params, read, keys, rows, origin, chain, draft_chain, length, *, room):
+            read = jax.tree.map(lambda leaf: jnp.take(leaf, origin, axis=0), read)
+            carry, start, token, prompts, lengths, logits = read
+            keys, zero, beyond = keys[rows], jnp.zeros(len(rows), jnp.int32), room + draft.gamma + 1
+            memory = chain.init(prompts, lengths, logits.shape[-1], prompts.shape[1] + beyond)
+            state = State(carry, start, token, lengths, memory, zero, _nothing(beyond, logits), zero, zero)
 
             def body(state):
                 return _round(score, draft, params, draft_params, keys, chain, draft_chain, length, room, state)
@@ -202,7 +198,7 @@ class Speculator:
             state = jax.lax.while_loop(lambda state: jnp.any(state.made < length), body, state)
             return Speculated(state.generated, state.calls, state.accepted)
 
-        self._begin = jax.jit(begin, static_argnames=("room", "capacity"))
+        self._prefill = jax.jit(prefill, static_argnames="capacity")
         self._run = jax.jit(run, static_argnames="room")
 
     def __call__(
@@ -241,13 +237,11 @@ class Speculator:
             draft_chain = Chain(tuple(t for t in chain.transforms if t.init is None))
         room, rows = bucket(length), np.arange(len(prompts) * num_samples)
         capacity = padded.shape[1] + room + self.draft.gamma + 1
-        state = self._begin(
-            params, draft_params, padded, lengths, rows // num_samples, chain, room=room, capacity=capacity
-        )
+        read = self._prefill(params, draft_params, padded, lengths, capacity=capacity)
 
         def share(some: Any) -> Speculated:
-            chains = chain.row(some), draft_chain.row(some)
-            made = self._run(params, draft_params, state, keys, some, *chains, np.int32(length), room=room)
+            places, chains = (some, some // num_samples), (chain.row(some), draft_chain.row(some))
+            made = self._run(params, draft_params, read, keys, *places, *chains, np.int32(length), room=room)
             return jax.tree.map(np.asarray, made)
 
         with ThreadPoolExecutor(workers()) as pool:
@@ -385,10 +379,10 @@ def _last(features: Any, lengths: Any) -> Any:
     return jnp.where(lengths[:, None] > 0, last, 0)
 
 
-def _nothing(rows: int, room: int, logits: Any) -> Generated:
-    one = jax.ShapeDtypeStruct((rows, logits.shape[-1]), logits.dtype)
-    leaves = jax.eval_shape(observe, jax.ShapeDtypeStruct((rows,), jnp.int32), one, one)
-    return jax.tree.map(lambda leaf: jnp.zeros((rows, room), leaf.dtype), leaves)
+def _nothing(room: int, logits: Any) -> Generated:
+    """Of [B, room] zeros, for logits [B, V]."""
+    leaves = jax.eval_shape(observe, jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32), logits, logits)
+    return jax.tree.map(lambda leaf: jnp.zeros((*leaf.shape, room), leaf.dtype), leaves)
 
 
 def _check_gamma(gamma: int) -> None:

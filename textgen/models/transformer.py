@@ -144,8 +144,8 @@ class Transformer(nn.Module):
         if carry is not None:
             memory, new = carry.memory, steps if lengths is None else lengths
             position = carry.position + new
-            agree = lengths is None or len(x) == 1
-            after = carry.written + new if agree else jnp.broadcast_to(jnp.max(position), position.shape)
+            longest = jnp.broadcast_to(jnp.max(position), position.shape)
+            after = carry.written + new if agree(len(x), lengths) else longest
             past = carry.places - 1, carry.written[0], after[0]
         places = positions, turn, past
         if self.scan_layers:
@@ -274,6 +274,11 @@ def attention(
     return y, (remember(keys, k, before, after, lengths, 2), remember(values, v, before, after, lengths, 2))
 
 
+def agree(rows: int, lengths: Any) -> bool:
+    """Whether a call gives all rows the same number of tokens, as far as shapes tell."""
+    return lengths is None or rows == 1
+
+
 def remember(ring: Any, new: Any, before: Any, after: Any, lengths: Any, axis: int) -> Any:
     """The ring with what T tokens add to it; the slots are one axis.
 
@@ -282,7 +287,7 @@ def remember(ring: Any, new: Any, before: Any, after: Any, lengths: Any, axis: i
       lengths: [B] how many of the tokens are real. None: all.
     """
     slots, steps = ring.shape[axis], new.shape[axis]
-    if steps <= max(slots // 2, 1) and (lengths is None or len(new) == 1):  # all rows write the same slots
+    if steps <= max(slots // 2, 1) and agree(len(new), lengths):  # all rows write the same slots
         if steps == 1 and lengths is None:
             return jax.lax.dynamic_update_slice_in_dim(ring, new, before % slots, axis)
         place = (slice(None),) * axis + ((before + jnp.arange(steps)) % slots,)
