@@ -166,12 +166,33 @@ def test_every_optimizer_learns(name):
 
 def test_muon_moves_hidden_matrices_and_adam_the_rest():
     trainer, _ = trainer_of({"optimizer.name": "muon"})
-    chosen = jax.tree_util.tree_leaves_with_path(
-        optimizers._muon_dimensions(trainer.abstract.params),
-        is_leaf=lambda x: x is None or hasattr(x, "reduction_axis"),
-    )
-    names = {"/".join(str(getattr(k, "key", k)) for k in path) for path, leaf in chosen if leaf is not None}
+    chosen = jax.tree_util.tree_leaves_with_path(optimizers._is_hidden(trainer.abstract.params))
+    names = {"/".join(str(getattr(k, "key", k)) for k in path) for path, hidden in chosen if hidden}
     assert names == {f"backbone/block_{i}/{m}/kernel" for i in range(1) for m in ("qkv", "out", "up", "down")}
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 24), (24, 8), (1, 5), (3, 8, 24)], ids=str)
+@pytest.mark.parametrize("decades", [0, 6])
+def test_muon_takes_the_iterations_of_newton_and_schulz(shape, decades):
+    random = np.random.default_rng(0)
+    g = random.standard_normal(shape) * np.logspace(0, -decades, shape[-1])
+
+    def plain(x):
+        x = x / np.linalg.norm(x)
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+        return x
+
+    expected = np.stack([plain(x) for x in g.reshape(-1, *shape[-2:])]).reshape(shape)
+    got = jax.jit(optimizers._orthogonal, static_argnums=1)(g.astype(np.float32), 5)
+    np.testing.assert_allclose(got, 0.2 * max(shape[-2:]) ** 0.5 * expected, atol=1e-3 if decades else 1e-5)
+
+
+def test_muon_leaves_what_has_no_gradient():
+    assert not np.any(optimizers._orthogonal(jnp.zeros((4, 8)), 5))
+    of_rank_one = optimizers._orthogonal(jnp.ones((4, 8)), 5)
+    np.testing.assert_allclose(np.linalg.svd(of_rank_one)[1][1:], 0, atol=1e-3)
 
 
 def test_weight_decay_acts_on_matrices_alone():

@@ -3,8 +3,9 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from optax import contrib
+from jaxtyping import Array, Float
 
 from textgen.config import OptimizerConfig
 from textgen.parallel import layer_axes
@@ -43,7 +44,7 @@ def build(config: OptimizerConfig, steps: int, learning_rate: Any = None) -> opt
 
     Weight decay is decoupled and acts on matrices alone. Muon (Jordan et al. 2024) moves the
     matrices, with updates scaled to the root mean square that AdamW's have (Liu et al. 2025),
-    except the head; AdamW moves the rest.
+    except the head; AdamW, with Nesterov's momentum, moves the rest.
     """
     shape = schedule(config, steps)
     peak = config.learning_rate if learning_rate is None else learning_rate
@@ -61,31 +62,49 @@ def build(config: OptimizerConfig, steps: int, learning_rate: Any = None) -> opt
         )
     else:
         adam_peak = config.adam_learning_rate or peak
-        core = contrib.muon(
-            rate,
-            ns_steps=config.newton_schulz_steps,
-            beta=config.momentum,
-            weight_decay=config.weight_decay,
-            adam_b1=config.beta1,
-            adam_b2=config.beta2,
-            adam_weight_decay=0.0,
-            adam_learning_rate=lambda step: adam_peak * shape(step),
-            muon_weight_dimension_numbers=_muon_dimensions,
-            consistent_rms=0.2,
+        hidden = optax.chain(
+            optax.trace(config.momentum, nesterov=True),
+            optax.stateless(
+                lambda updates, _: jax.tree.map(lambda g: _orthogonal(g, config.newton_schulz_steps), updates)
+            ),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(rate),
         )
+        rest = optax.adamw(
+            lambda step: adam_peak * shape(step), config.beta1, config.beta2, weight_decay=0.0, nesterov=True
+        )
+        core = optax.partition({True: hidden, False: rest}, _is_hidden)
     if config.clip_norm is None:
         return core
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), core)
 
 
-def _muon_dimensions(params: Any) -> Any:
-    """Which parameters muon moves, for optax: dimension numbers, or None for AdamW's.
+def _is_hidden(params: Any) -> Any:
+    """Which parameters muon moves: the matrices, each layer's by itself, but not the head."""
 
-    An axis of layers before these two is a batch of matrices, each orthogonalised by itself.
+    def hidden(path: Any, leaf: Any) -> bool:
+        return is_matrix(path, leaf) and not any(getattr(p, "key", "") == "head" for p in path)
+
+    return jax.tree_util.tree_map_with_path(hidden, params)
+
+
+def _orthogonal(g: Float[Array, "*layers I O"], steps: int) -> Float[Array, "*layers I O"]:
+    """Nearly the orthogonal matrix that is nearest to g, times 0.2 sqrt(max(I, O)).
+
+    The Newton-Schulz iteration X <- a X + b (X X^T) X + c (X X^T)^2 X of Jordan et al. (2024) only
+    multiplies X by polynomials of G = X X^T. These are gathered in one matrix on the shorter side:
+    with P = a + b G + c G^2, G <- P G P and Q <- P Q, and X is multiplied once, at the end. Squares
+    of small singular values need float32 products, whatever the device makes of them by default.
     """
-
-    def dimensions(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
-        head = any(getattr(p, "key", "") == "head" for p in path)
-        return contrib.MuonDimensionNumbers(-2, -1) if is_matrix(path, leaf) and not head else None
-
-    return jax.tree_util.tree_map_with_path(dimensions, params)
+    if g.shape[-2] > g.shape[-1]:
+        return _orthogonal(g.mT, steps).mT
+    a, b, c = 3.4445, -4.7750, 2.0315
+    with jax.default_matmul_precision("highest"):
+        x = g / (jnp.linalg.norm(g, axis=(-2, -1), keepdims=True) + 1e-8)
+        gram, q = x @ x.mT, None
+        for step in range(steps):
+            p = a * jnp.eye(gram.shape[-1]) + b * gram + c * gram @ gram
+            q = p if q is None else p @ q
+            if step < steps - 1:
+                gram = p @ gram @ p
+        return 0.2 * g.shape[-1] ** 0.5 * (q @ x)
