@@ -105,7 +105,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.log.profile_steps = 25  # optimizer steps that the profile covers
 
     config.mesh = ConfigDict()  # devices along each axis; their product is used
-    config.mesh.data = 1  # splits the batch
+    config.mesh.data = placeholder(int)  # splits the batch; None: what the others leave and the batch divides by
     config.mesh.fsdp = 1  # splits the batch and the parameters
     config.mesh.tensor = 1  # splits the widths
     return config

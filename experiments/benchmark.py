@@ -122,7 +122,7 @@ def training(shape: Shape, steps: int = STEPS) -> Callable[[], None]:
     from textgen import parallel, train
 
     config, model = build(shape)
-    trainer = train.Trainer(model, config, parallel.make_mesh(config.mesh))
+    trainer = train.Trainer(model, config, parallel.make_mesh(config))
     state = trainer.init()
     random = np.random.default_rng(0)
 
@@ -185,12 +185,12 @@ class Speculation:
         source.train.steps = LEARNING
         config = config_lib.from_dict(source)
         model = models.build(config, SMALL.vocabulary)
-        trainer = train.Trainer(model, config, parallel.make_mesh(config.mesh))
+        trainer = train.Trainer(model, config, parallel.make_mesh(config))
         state, batches, most = trainer.init(), data.Batches(tokens, config.data, 0), config.train.steps_per_dispatch
         for step in range(0, LEARNING, most):
             state, _ = trainer.dispatch(state, *batches(step, min(most, LEARNING - step)))
         tables = jax.tree.map(jax.numpy.asarray, ngram.fit(np.asarray(tokens), ORDER, SMALL.vocabulary))
-        return model, state.eval_params, models.NGram(ORDER, SMALL.vocabulary), tables
+        return model, parallel.on_one(state.eval_params), models.NGram(ORDER, SMALL.vocabulary), tables
 
     def ours(self) -> Callable[[], None]:
         """Several tokens a call."""
@@ -287,7 +287,8 @@ def limits() -> dict[str, float]:
 def launch_alone(side: str) -> tuple[float, float]:
     """(seconds, peak MiB) of a process that takes one training step of SMALL and ends."""
     body = {
-        "ours": "from textgen import run; run.use_compilation_cache(); benchmark.training(benchmark.SMALL, 1)()",
+        "ours": "from textgen import parallel, run; parallel.use_cores(); run.use_compilation_cache(); "
+        "benchmark.training(benchmark.SMALL, 1)()",
         "PyTorch eager": "from experiments import peers; peers.training(benchmark.SMALL, 1)()",
     }[side]
     # Linux hands ru_maxrss on from the parent: the peak of this process alone stands in /proc.
@@ -354,6 +355,7 @@ def page(rows: list[dict[str, Any]], limit: dict[str, float]) -> str:
 
 
 def main() -> None:
+    from textgen import parallel
     from textgen.config import UserError, require
 
     try:
@@ -361,6 +363,7 @@ def main() -> None:
         import transformers
     except ImportError:
         raise UserError('The peers are not installed: pip install -e ".[bench]"') from None
+    parallel.use_cores()
     limit, rows = limits(), []
 
     def show(row: dict[str, Any]) -> None:

@@ -18,10 +18,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     from configs import sweeps
-    from textgen import logs, run
+    from textgen import logs, parallel, run
     from textgen.comparison import arms, compare, dynamic, report
 
     run.use_compilation_cache()
+    parallel.use_cores()
     config = sweeps.compare(_CONFIG.value, sweeps.parse(_SWEEP.value)) if _SWEEP.value else _CONFIG.value
     session = compare.Session(arms.from_dict(config), _WORKDIR.value)
     logs.console.print(session.describe())

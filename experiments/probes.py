@@ -11,9 +11,10 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from textgen import logs, probes, run
+    from textgen import logs, parallel, probes, run
 
     run.use_compilation_cache()
+    parallel.use_cores()
     report = probes.Probes(probes.cells_from(_CONFIG.value), _WORKDIR.value).run()
     logs.console.print(report, markup=False)
 

@@ -16,6 +16,7 @@ def main() -> None:
     from textgen import config, logs, parallel, run
 
     run.use_compilation_cache()
+    parallel.use_cores()
     parallel.initialize_distributed()
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])

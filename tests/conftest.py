@@ -81,6 +81,7 @@ def tiny(overrides=None):
         "sample.prompt": "The ",
         "sample.length": 8,
         "sample.temperatures": (0.0, 1.0),
+        "mesh.data": 1,
     }
     source = base.get_config()
     source.update_from_flattened_dict(flat | (overrides or {}))

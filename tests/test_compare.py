@@ -236,7 +236,7 @@ def test_a_folder_of_another_comparison_is_refused(done, text, tmp_path):
         ({"compare.budget.value": 3.0}, None, "no width comes within"),
         ({"compare.dev_fraction": 0.9999}, None, "A window takes"),
         ({"sample.prompt": "\u2603"}, None, "sample.prompt"),
-        ({"mesh.data": 2}, None, "trains on one device"),
+        ({"mesh.fsdp": 2}, None, "whole on every device"),
         (
             {"compare.budget.kind": "tokens", "compare.budget.value": 768.0},
             {"a": {"model.layers": 1}, "b": {"model.layers": 1, "model.transformer.heads": 2}},

@@ -33,15 +33,16 @@ def trained(config, members=MEMBERS, at_once=None):
     return state, rows
 
 
-def changes(name):
+def changes(name, devices):
     optimizer = "muon" if name == "transformer" else "adamw"
-    return {"model.backbone": name, "model.dropout": 0.1, "train.steps": 6, "optimizer.name": optimizer}
+    what = {"model.backbone": name, "model.dropout": 0.1, "optimizer.name": optimizer}
+    return what | {"train.steps": 6, "mesh.data": devices}
 
 
 @functools.cache
-def alone(name, seed, rate):
-    config = tiny({**changes(name), "seed": seed, "optimizer.learning_rate": rate})
-    trainer = train.Trainer(models.build(config, TOKENIZER.vocab_size), config, parallel.make_mesh(config.mesh))
+def alone(name, devices, seed, rate):
+    config = tiny({**changes(name, devices), "seed": seed, "optimizer.learning_rate": rate})
+    trainer = train.Trainer(models.build(config, TOKENIZER.vocab_size), config, parallel.make_mesh(config))
     batches, state, most = data.Batches(TOKENS, config.data, seed), trainer.init(), config.train.steps_per_dispatch
     for step in range(0, config.train.steps, most):
         state, _ = trainer.dispatch(state, *batches(step, min(most, config.train.steps - step)))
@@ -52,11 +53,11 @@ def close(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=3e-4, rtol=1e-3), a, b)
 
 
-@pytest.mark.parametrize(("name", "at_once"), [("lstm", 1), ("transformer", 2)])
-def test_every_member_is_the_run_that_it_would_be_alone(name, at_once):
-    state, _ = trained(tiny(changes(name)), at_once=at_once)
+@pytest.mark.parametrize(("name", "devices", "at_once"), [("lstm", 2, 1), ("transformer", 1, 2), ("transformer", 2, 3)])
+def test_every_member_is_the_run_that_it_would_be_alone(name, devices, at_once):
+    state, _ = trained(tiny(changes(name, devices)), at_once=at_once)
     for i, (seed, rate) in enumerate(MEMBERS):
-        single, member = alone(name, seed, rate), ensemble.member(state, i)
+        single, member = parallel.on_one(alone(name, devices, seed, rate)), ensemble.member(state, i)
         close(member.params, single.params)
         np.testing.assert_allclose(member.sums["nats"], single.sums["nats"], rtol=1e-4)
         assert int(member.step) == 6

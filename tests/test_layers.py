@@ -80,7 +80,7 @@ def test_a_step_of_every_optimizer_is_that_without_a_scan(optimizer, name):
 
 @pytest.mark.parametrize("name", SCANNED)
 def test_no_device_holds_some_layers_alone(name):
-    mesh = parallel.make_mesh(tiny({"mesh.fsdp": 2, "mesh.tensor": 2}).mesh)
+    mesh = parallel.make_mesh(tiny({"mesh.fsdp": 2, "mesh.tensor": 2}))
     params = noisy_params(build(name, {"model.scan_layers": True}))
     spec = lambda tree: jax.tree.map(lambda sharding: sharding.spec, parallel.shardings(tree, mesh))
     stacked, each = spec(params)["backbone"]["blocks"], spec(unstacked(params))["backbone"]["block_0"]

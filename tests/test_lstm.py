@@ -91,7 +91,7 @@ def test_seeds_side_by_side_equal_one_by_one(nvidia):
     windows = np.random.default_rng(0).integers(0, V, (2, 4, 4, 17)).astype(np.uint16)
     members = ensemble.Ensemble(model, wanted, [(0, 1e-2), (1, 1e-2)], at_once=2)
     state, _ = members.dispatch(members.init(), windows, np.ones(4, bool))
-    trainer = train.Trainer(model, wanted, parallel.make_mesh(wanted.mesh))
+    trainer = train.Trainer(model, wanted, parallel.make_mesh(wanted))
     alone, _ = trainer.dispatch(trainer.init(), windows[0], np.ones(4, bool))
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4)
     jax.tree.map(close, ensemble.member(state, 0).params, alone.params)

@@ -19,7 +19,7 @@ TOKENS = TOKENIZER.encode(TEXT)
 def trainer_of(overrides=None):
     config = tiny(overrides)
     model = models.build(config, TOKENIZER.vocab_size)
-    return train.Trainer(model, config, parallel.make_mesh(config.mesh)), data.Batches(TOKENS, config.data, config.seed)
+    return train.Trainer(model, config, parallel.make_mesh(config)), data.Batches(TOKENS, config.data, config.seed)
 
 
 def run(trainer, batches, state=None, until=None):
@@ -54,11 +54,12 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize(
-    ("name", "order"), [("transformer", "shuffled"), *((name, "stream") for name in SOME_BACKBONES)]
+    ("name", "order", "devices"),
+    [("transformer", "shuffled", 2), ("lstm", "stream", 2), ("mingru", "stream", 1), ("transformer", "stream", 1)],
 )
-def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order):
-    overrides = {"model.backbone": name, "data.order": order, "model.dropout": 0.1, "train.ema_decay": 0.9}
-    trainer, batches = trainer_of(overrides)
+def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order, devices):
+    overrides = {"model.backbone": name, "data.order": order, "mesh.data": devices}
+    trainer, batches = trainer_of(overrides | {"model.dropout": 0.1, "train.ema_decay": 0.9})
     whole, rows = run(trainer, batches)
     # Cut at every step, and where it falls in the middle of a row of the curve.
     state = trainer.init()
@@ -81,7 +82,7 @@ def test_a_loss_in_chunks_has_the_same_gradients_and_never_holds_all_logits(over
     targets[1, 3:9] = -1
     params = noisy_params(whole.model)
     key = jax.random.key(0)
-    inputs = (params, windows[0, :, :-1].astype(np.int32), targets, None, key)
+    inputs = (params, (windows[0, :, :-1].astype(np.int32), targets, None), key)
     wanted, got = (jax.jit(t._gradients)(*inputs) for t in (whole, chunked))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), wanted, got)
     size = f"[64,{whole.model.vocab_size}]", f"[4,16,{whole.model.vocab_size}]"
@@ -151,9 +152,44 @@ def test_four_devices_give_the_losses_of_one(name, mesh):
         assert any(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "shape"),
+    [
+        ({"data.window": 64}, (1, 1, 1)),  # too few tokens to be worth it
+        ({"data.window": 128}, (2, 1, 1)),
+        ({"data.window": 1024}, (4, 1, 1)),
+        ({"data.window": 1024, "data.batch_size": 6}, (3, 1, 1)),
+        ({"data.window": 1024, "train.accumulation": 2}, (2, 1, 1)),
+        ({"data.window": 1024, "mesh.fsdp": 2}, (2, 2, 1)),
+        ({"data.window": 1024, "mesh.fsdp": 4, "mesh.tensor": 1}, (1, 4, 1)),
+    ],
+    ids=str,
+)
+def test_rows_go_to_as_many_devices_as_divide_them(overrides, shape):
+    assert parallel.make_mesh(tiny({"mesh.data": None} | overrides)).devices.shape == shape
+
+
+def test_each_device_drops_other_units_and_keeps_its_rows():
+    overrides = {"model.backbone": "lstm", "model.layers": 2, "model.dropout": 0.5, "data.order": "stream"}
+    trainer, _ = trainer_of(overrides | {"mesh.data": 2})
+    windows = np.broadcast_to(TOKENS[:17].astype(np.uint16), (1, 4, 17))
+    state, _ = trainer.dispatch(trainer.init(), windows, np.ones(1, bool))
+    for leaf in map(np.asarray, jax.tree.leaves(state.carry)):
+        assert len(leaf) == 4
+    assert not np.array_equal(leaf[:2], leaf[2:])  # of the second layer
+
+
+def test_programs_of_one_device_take_what_every_device_has():
+    for fsdp, devices in ((1, 1), (2, 4)):
+        params = trainer_of({"mesh.data": 2, "mesh.fsdp": fsdp})[0].init().params
+        for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(parallel.on_one(params)), strict=True):
+            assert len(after.devices()) == devices
+            np.testing.assert_array_equal(before, after)
+
+
 def test_a_mesh_of_more_devices_than_there_are_is_refused():
     with pytest.raises(ValueError, match="takes 8 x 1 x 1 = 8 devices, and there are 4"):
-        parallel.make_mesh(tiny({"mesh.data": 8, "data.batch_size": 8}).mesh)
+        parallel.make_mesh(tiny({"mesh.data": 8, "data.batch_size": 8}))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd"))])

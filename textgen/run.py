@@ -59,7 +59,7 @@ class Session:
         elif self.workdir.is_dir() and any(self.workdir.iterdir()):
             raise UserError(f"'{self.workdir}' is not empty and holds no run: give a new --workdir.")
         require(not self.workdir.exists() or self.workdir.is_dir(), f"The workdir '{self.workdir}' is a file.")
-        self.mesh = parallel.make_mesh(config.mesh)
+        self.mesh = parallel.make_mesh(config)
         kept = checkpoints_lib.load_tokenizer(self.workdir) if self.resumed else None
         self.dataset = data.load(config, kept)
         model = models.build(config, self.dataset.tokenizer.vocab_size)
@@ -126,10 +126,10 @@ class Session:
             checkpoints.save(step, state, evaluated.get(step))
 
         def evaluate_now(step: int, state: train.State) -> None:
-            model = self.model.with_params(state.eval_params, step)
+            model = self.model.with_params(parallel.on_one(state.eval_params), step)
             report = assess.evaluate_split(model, self.dataset.validation, "windows")
             evaluated[step] = report.loss
-            writer.scalars(step, {**report.metrics(), **_norms(state.params)})
+            writer.scalars(step, {**report.metrics(), **_norms(parallel.on_one(state.params))})
             if config.log.histograms:
                 for name, values in _leaves(state.params):
                     writer.histogram(step, name, np.asarray(values))
@@ -170,7 +170,7 @@ class Session:
                     save=save,
                 )
             checkpoints.wait()
-            return self._finish(int(state.step), state.eval_params, writer)
+            return self._finish(int(state.step), parallel.on_one(state.eval_params), writer)
         except train.Diverged:
             checkpoints.wait()
             kept = checkpoints.steps()

@@ -240,7 +240,7 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    data: int
+    data: int | None
     fsdp: int
     tensor: int
 
@@ -265,7 +265,7 @@ class Config:
 
     def __post_init__(self):
         require(0 <= self.seed < 2**32, f"seed must lie in [0, 2^32), got {self.seed}.")
-        rows, shards = self.data.batch_size, self.mesh.data * self.mesh.fsdp
+        rows, shards = self.data.batch_size, (self.mesh.data or 1) * self.mesh.fsdp
         micro = rows // self.train.accumulation
         require(
             rows % self.train.accumulation == 0,

@@ -155,7 +155,8 @@ class Trainer:
             empty = self.model.init_carry(config.data.batch_size, config.context)
             carry = jax.tree.map(lambda new, old: jnp.where(fresh, new, old), empty, carry)
         scored = jnp.sum(targets >= 0, dtype=jnp.float32)
-        nats, gradients, carry = self._gradients(state.params, tokens, targets, carry, key)
+        gradient = parallel.share_rows(self._gradients, self.mesh)
+        (nats, gradients), carry = gradient(state.params, (tokens, targets, carry), key)
         gradients = jax.tree.map(lambda g: g / scored, gradients)
         norm = optax.tree.norm(gradients)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -183,10 +184,10 @@ class Trainer:
             skipped_in_a_row=jnp.where(good, 0, state.skipped_in_a_row + 1),
         )
 
-    def _gradients(self, params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any, Any]:
-        """(summed nats, gradient of the sum, new carry), micro-batch by micro-batch."""
+    def _gradients(self, params: Any, rows: Any, key: Any) -> tuple[Any, Any]:
+        """((summed nats, gradient of the sum), new carry) of (tokens, targets, carry), micro-batch by micro-batch."""
 
-        config = self.config
+        config, (tokens, targets, carry) = self.config, rows
 
         def loss(params: Any, tokens: Any, targets: Any, carry: Any, key: Any) -> tuple[Any, Any]:
             apply = functools.partial(self.model.apply, {"params": params})
@@ -203,7 +204,7 @@ class Trainer:
         parts = config.train.accumulation
         if parts == 1:
             (_, (nats, carry)), gradients = gradient(params, tokens, targets, carry, key)
-            return nats, gradients, carry
+            return (nats, gradients), carry
 
         def add(total: Any, part: Any) -> tuple[Any, None]:
             tokens, targets, key = part
@@ -212,8 +213,8 @@ class Trainer:
 
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         cut = lambda rows: rows.reshape(parts, -1, rows.shape[-1])
-        (nats, gradients), _ = jax.lax.scan(add, zero, (cut(tokens), cut(targets), jax.random.split(key, parts)))
-        return nats, gradients, carry
+        total, _ = jax.lax.scan(add, zero, (cut(tokens), cut(targets), jax.random.split(key, parts)))
+        return total, carry
 
 
 class Timing(NamedTuple):

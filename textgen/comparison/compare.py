@@ -29,10 +29,9 @@ class Session:
           UserError: whatever a user can get wrong; nothing that was saved is touched by it.
         """
         self.base, self.compare, self.workdir = comparison.base, comparison.compare, Path(workdir)
-        mesh = self.base.mesh
         require(
-            mesh.data * mesh.fsdp * mesh.tensor == 1,
-            "A comparison trains on one device: leave mesh.data, mesh.fsdp and mesh.tensor at 1.",
+            self.base.mesh.fsdp * self.base.mesh.tensor == 1,
+            "A comparison has every run whole on every device: leave mesh.fsdp and mesh.tensor at 1.",
         )
         self.ledger = Ledger(self.workdir, comparison)
         self.dataset = data.load(self.base)

@@ -20,7 +20,8 @@ class Ensemble:
     batches, the dropout and the initial weights that it would see alone, so that its results are
     those of a run by itself up to rounding. Members do not touch: one that diverges stands still.
 
-    `at_once` members are vmapped; the one program goes through the members in groups of so many.
+    Every device has all members, and its part of the rows of their batches. `at_once` members are
+    vmapped; the one program goes through the members in groups of so many.
     """
 
     def __init__(
@@ -29,11 +30,12 @@ class Ensemble:
         """Args: members: (seed, learning rate) of each; at_once: None: what is fast on this device."""
         self.config, self.members = config, tuple(members)
         self.at_once = min(at_once or default_at_once(), len(self.members))
-        self.trainer = train.Trainer(model, config, parallel.make_mesh(config.mesh))
+        self.trainer = train.Trainer(model, config, parallel.make_mesh(config))
         self._rates = jnp.array([rate for _, rate in self.members], jnp.float32)
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        self._everywhere = jax.sharding.NamedSharding(self.trainer.mesh, jax.P())
         self.abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), jax.eval_shape(self._init)
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._everywhere),
+            jax.eval_shape(self._init),
         )
 
         def steps(state: Any, windows: Any, fresh: Any, targets: Any, count: Any, rates: Any) -> Any:
@@ -44,7 +46,7 @@ class Ensemble:
             group = self.at_once if self.at_once > 1 else None
             return jax.lax.map(one, (state, windows, targets, rates), batch_size=group)
 
-        self._steps = jax.jit(steps, donate_argnums=0)
+        self._steps = jax.jit(steps, donate_argnums=0, out_shardings=self._everywhere)
 
     def _init(self) -> train.State:
         # One after another: XLA's CPU backend can hang in the batched QR decompositions that vmap makes
@@ -53,7 +55,7 @@ class Ensemble:
 
     def init(self) -> train.State:
         """The state of all members at step 0, each leaf [S, ...]."""
-        return jax.jit(self._init)()
+        return jax.jit(self._init, out_shardings=self._everywhere)()
 
     def dispatch(
         self,
@@ -89,7 +91,7 @@ class MemberBatches:
 
 def member(state: train.State, index: int) -> train.State:
     """One member's state, as a run by itself has it."""
-    return jax.tree.map(lambda leaf: leaf[index], state)
+    return jax.tree.map(lambda leaf: leaf[index], parallel.on_one(state))
 
 
 def default_at_once() -> int:
