@@ -36,6 +36,7 @@ _PAGE = flags.DEFINE_string(
 )
 
 STEPS, PROMPT, TEMPERATURE = 10, 6, 0.8
+SHORTEST_TURN = 0.5  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,14 +256,16 @@ def _flops(shape: Shape) -> float:
 
 
 def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """The median of each, taken in turn after one warm-up."""
+    """The median of each, taken in turn after one warm-up; short calls are made again and again in a turn."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            began = time.perf_counter()
-            call()
+            began, made = time.perf_counter(), 0
+            while (took := time.perf_counter() - began) < SHORTEST_TURN or not made:
+                call()
+                made += 1
             if turn:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(took / made)
     return {name: statistics.median(some) for name, some in times.items()}
 
 

@@ -17,6 +17,7 @@ from textgen.objectives import next_token_nats
 from textgen.parallel import workers
 
 STREAM_CHUNK = 256  # tokens per call when a text is read as one stream
+CPU_TOKENS = 2048  # per call in windows, on a CPU: of more tokens the activations leave a core's caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,11 @@ class Report:
 
 
 class Evaluator:
-    """Compiled evaluation of one model. The result does not depend on the batch size."""
+    """Compiled evaluation of one model, in batches of at most `batch_size` windows; these do not change the result."""
 
     def __init__(self, model: Model, *, window: int, batch_size: int):
+        if jax.default_backend() == "cpu":
+            batch_size = max(min(batch_size, CPU_TOKENS // window), 1)
         self.model, self.window, self.batch_size = model, window, batch_size
 
         def in_windows(params: Any, windows: Any) -> Any:
