@@ -41,7 +41,7 @@ def make_mesh(config: Config) -> Mesh:
     data = mesh.data
     if data is None:
         most = max(there // (mesh.fsdp * mesh.tensor), 1)
-        if jax.default_backend() == "cpu":
+        if jax.default_backend() == "cpu" and jax.process_count() == 1:
             most = max(min(most, rows * config.data.window // FEWEST_TOKENS), 1)
         data = max(n for n in range(1, most + 1) if rows % n == 0)
         require(
