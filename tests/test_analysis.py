@@ -106,6 +106,7 @@ def lm(request):
 TOKENS = np.tile(np.arange(8, dtype=np.uint8), 20)[:150]
 
 
+@pytest.mark.slow
 def test_dynamic_evaluation_at_rate_0_is_the_static_loss(lm):
     static = lm.nats(TOKENS, stream=False)
     (still,) = dynamic.nats(lm, TOKENS, history=TOKENS, rates=[0.0])

@@ -119,6 +119,7 @@ def beam_by_hand(params, width, length, end, alpha):
 
 @pytest.mark.parametrize("width", [2, 3])
 @ends
+@pytest.mark.slow
 def test_a_narrow_beam_is_the_textbooks(width, end):
     for seed in range(10):
         params, length = table(seed, 0.7), 7
@@ -134,6 +135,7 @@ each = pytest.mark.parametrize("decoder", ALL, ids=str)
 
 @each
 @everywhere
+@pytest.mark.slow
 def test_what_it_tells_of_each_token_is_what_the_chain_of_tokens_says(decoder, chain, end):
     params = table(4)
     made = decode(decoder, params, chain=chain, end=end, length=6)
@@ -153,6 +155,7 @@ def test_what_it_tells_of_each_token_is_what_the_chain_of_tokens_says(decoder, c
 
 
 @each
+@pytest.mark.slow
 def test_a_text_has_its_own_memory_of_what_it_said(decoder):
     """Each step of a text, taken alone by a chain with a memory, gives the probabilities that the decoder tells."""
     params = table(7)
@@ -241,6 +244,7 @@ def test_gumbels_given_their_maximum_are_right_far_from_zero_too():
 
 @everywhere
 @pytest.mark.parametrize("n", [10, 1000])
+@pytest.mark.slow
 def test_arithmetic_samples_come_as_often_as_they_should(chain, end, n):
     for seed in range(3):
         params = table(seed)

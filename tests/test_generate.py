@@ -152,6 +152,7 @@ def test_a_chain_with_a_memory_sees_each_row_alone_and_across_chunks(one):
         np.testing.assert_allclose(whole.log_probability_drawn[2, i], jax.nn.log_softmax(z)[token], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_rows_shared_out_to_the_cores_are_the_same_rows(one, monkeypatch):
     _, params, generator = one
     rows = 6

@@ -69,6 +69,7 @@ def test_each_layer_draws_its_own_weights_and_masks():
 @pytest.mark.parametrize(
     ("optimizer", "name"), [*((o, "transformer") for o in ("adamw", "muon", "lion", "sgd")), ("muon", "mingru")]
 )
+@pytest.mark.slow
 def test_a_step_of_every_optimizer_is_that_without_a_scan(optimizer, name):
     settings = {"optimizer.name": optimizer, "optimizer.weight_decay": 0.5, "optimizer.clip_norm": 1.0}
     optimizer = optimizers.build(tiny(settings).optimizer, 10)

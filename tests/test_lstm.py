@@ -15,6 +15,8 @@ from textgen import errors, models, parallel, train
 from textgen.comparison import ensemble
 from textgen.models import lstm
 
+pytestmark = pytest.mark.slow  # windows are compiled here, forwards and back
+
 V = 11
 
 

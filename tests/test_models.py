@@ -75,6 +75,7 @@ def test_full_pass_equals_chunks_and_single_tokens(built, cuts):
     close(np.concatenate(parts, 1), full)
 
 
+@pytest.mark.slow
 def test_a_carry_with_more_room_is_the_same_with_zeros_behind(built):
     model, _, apply = built
     tokens, lengths = random_tokens(3, 6), np.array([6, 2, 3], np.int32)
@@ -107,6 +108,7 @@ def test_ragged_batch_equals_each_row_alone(built):
         close(last[row], expected[0])
 
 
+@pytest.mark.slow
 def test_next_token_equals_the_logits_after_the_last_real_token(built):
     model, params, apply = built
     tokens, lengths = random_tokens(3, 6), np.array([6, 2, 5], np.int32)
@@ -179,6 +181,7 @@ def test_gradients_reach_every_parameter_and_remat_changes_nothing(variant):
 
 
 @pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+@pytest.mark.slow
 def test_bfloat16_stays_near_float32(variant):
     tokens = random_tokens(2, 8)
     model, params = make(*variant)

@@ -105,6 +105,7 @@ def law_of_texts(params, chain, length):
 
 
 @pytest.mark.parametrize(("chain", "gamma"), [(PLAIN, 1), (SHARP, 3), (MEMORY, 1), (MEMORY, 3)])
+@pytest.mark.slow
 def test_texts_come_as_often_as_from_the_model_alone(chain, gamma):
     params, draft, n, length = table(2, 0), table(1, 1), 20_000, 3
     wanted = law_of_texts(params, chain, length)

@@ -55,7 +55,8 @@ def equal(a, b):
 
 @pytest.mark.parametrize(
     ("name", "order", "devices"),
-    [("transformer", "shuffled", 2), ("lstm", "stream", 2), ("mingru", "stream", 1), ("transformer", "stream", 1)],
+    [("transformer", "shuffled", 2), ("lstm", "stream", 2)]
+    + [pytest.param(name, "stream", 1, marks=pytest.mark.slow) for name in ("mingru", "transformer")],
 )
 def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order, devices):
     overrides = {"model.backbone": name, "data.order": order, "mesh.data": devices}
@@ -91,7 +92,7 @@ def test_a_loss_in_chunks_has_the_same_gradients_and_never_holds_all_logits(over
     assert not any(s in texts[1] for s in size)
 
 
-@pytest.mark.parametrize("name", ["lstm", "transformer"])
+@pytest.mark.parametrize("name", [pytest.param("lstm", marks=pytest.mark.slow), "transformer"])
 def test_accumulation_equals_one_big_batch(name):
     whole, rows = on_one_device(name)
     state, part_rows = run(*trainer_of({"model.backbone": name, "train.accumulation": 4}))
@@ -169,6 +170,7 @@ def test_rows_go_to_as_many_devices_as_divide_them(overrides, shape):
     assert parallel.make_mesh(tiny({"mesh.data": None} | overrides)).devices.shape == shape
 
 
+@pytest.mark.slow
 def test_each_device_drops_other_units_and_keeps_its_rows():
     overrides = {"model.backbone": "lstm", "model.layers": 2, "model.dropout": 0.5, "data.order": "stream"}
     trainer, _ = trainer_of(overrides | {"mesh.data": 2})
