@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from textgen.config import Config, require
 
 BATCH = ("data", "fsdp")  # the axes that split the rows of a batch
-MOST_CORES = 4  # that are devices of their own; more would spend their time on copies of the parameters
+MOST_CORES = 4  # that are devices of their own: each holds all parameters; tried with two
 FEWEST_TOKENS = 256  # of a step, for each of them
 
 
