@@ -98,3 +98,26 @@ def test_the_program_does_not_grow_with_depth(name):
         return len(jax.jit(jax.grad(loss)).lower(params, tokens).as_text().splitlines())
 
     assert lines(8) == lines(2)
+
+
+@pytest.mark.parametrize(("inputs", "features"), [(6, 4), (4, 6)])
+def test_a_linear_maps_derivatives_are_those_of_the_product(inputs, features):
+    linear, random = layers.Linear(features, dtype=jnp.dtype("float32")), np.random.default_rng(0)
+    x, kernel, direction = (
+        jnp.asarray(random.standard_normal(shape), jnp.float32)
+        for shape in ((2, 5, inputs), (inputs, features), (inputs, features))
+    )
+    apply, product = lambda w: linear.apply({"params": {"kernel": w}}, x), lambda w: x @ w
+    loss = lambda f: lambda w: jnp.sum(jnp.sin(f(w)))
+    for of in (
+        lambda f: jax.jvp(f, (kernel,), (direction,)),
+        lambda f: jax.grad(loss(f))(kernel),
+        lambda f: jax.vmap(jax.grad(loss(f)))(jnp.stack([kernel, direction])),
+        lambda f: jax.hessian(loss(f))(kernel),
+    ):
+        close(of(apply), of(product))
+    # On the CPU the longer side of a weight's gradient comes last.
+    compiled = jax.jit(jax.grad(loss(apply))).lower(kernel).compile().as_text()
+    short, long = sorted((inputs, features))
+    assert f"f32[{short},{long}]{{1,0}} dot(" in compiled
+    assert f"f32[{long},{short}]{{1,0}} dot(" not in compiled

@@ -31,10 +31,27 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        if x.shape[-1] > self.features and jax.default_backend() == "cpu":
+            kernel = gradient_transposed(kernel)
         y = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
             y += self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32).astype(self.dtype)
         return y.reshape(*x.shape[:-1], self.features)
+
+
+@jax.custom_jvp
+def gradient_transposed(kernel: Float[Array, "D F"]) -> Float[Array, "D F"]:
+    """The kernel itself; its gradient x^T g is computed as (g^T x)^T.
+
+    XLA's CPU backend computes x^T g at about half the speed where it has more rows than columns.
+    """
+    return kernel
+
+
+@gradient_transposed.defjvp
+def _gradient_transposed_jvp(primals: Any, tangents: Any) -> tuple[Any, Any]:
+    kept = jax.lax.optimization_barrier  # its transpose is a barrier too: XLA would undo what is not kept
+    return primals[0], kept(kept(tangents[0]).T).T
 
 
 def residual_init(layers: int) -> Initializer:
