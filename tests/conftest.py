@@ -38,13 +38,14 @@ LONG = ["generate", "models", "train", "run", "compare", "speculative", "decoder
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of the younger backbones the quick tests take the contract alone."""
+    """The contract is tested quickly for every backbone, training for two, and what serves them for one."""
     place = {f"test_{name}": i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
-    young = {"gru", "hybrid", "mingru"}
+    quick = {"test_models": BACKBONES, "test_train": ["lstm", "transformer"]}
     for item in items:
         given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if item.path.stem != "test_models" and young & {p for p in given if isinstance(p, str)}:
+        left = set(BACKBONES) - set(quick.get(item.path.stem, ["transformer"]))
+        if left & {p for p in given if isinstance(p, str)}:
             item.add_marker(pytest.mark.slow)
 
 

@@ -175,7 +175,9 @@ def test_a_text_has_its_own_memory_of_what_it_said(decoder):
             states = commit(logits, states, chances[0], token=token)
 
 
-@each
+@pytest.mark.parametrize(
+    "decoder", [ALL[0], *(pytest.param(decoder, marks=pytest.mark.slow) for decoder in ALL[1:])], ids=str
+)
 def test_a_row_is_the_same_alone_in_any_batch_and_in_any_order(decoder):
     params, prompts = table(1), [PROMPT, np.array([0], np.int32), np.array([2, 2, 1, 0, 1], np.int32)]
     run = lambda rows: decode(
@@ -201,7 +203,7 @@ def sets_without_replacement(p, k):
     return inclusion
 
 
-@ends
+@pytest.mark.parametrize("end", [pytest.param(None, marks=pytest.mark.slow), 2])
 def test_a_stochastic_beam_draws_without_replacement(end):
     params, n, length, k = table(2, 1.0), 20_000, 2, 2
     p = {t: np.exp(v) for t, v in all_texts(params, end=end, length=length).items()}

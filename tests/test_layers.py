@@ -1,5 +1,7 @@
 """Scanned layers are the layers one by one: in what they compute, learn and draw, and where they live."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -109,13 +111,13 @@ def test_a_linear_maps_derivatives_are_those_of_the_product(inputs, features):
     )
     apply, product = lambda w: linear.apply({"params": {"kernel": w}}, x), lambda w: x @ w
     loss = lambda f: lambda w: jnp.sum(jnp.sin(f(w)))
-    for of in (
-        lambda f: jax.jvp(f, (kernel,), (direction,)),
-        lambda f: jax.grad(loss(f))(kernel),
-        lambda f: jax.vmap(jax.grad(loss(f)))(jnp.stack([kernel, direction])),
-        lambda f: jax.hessian(loss(f))(kernel),
-    ):
-        close(of(apply), of(product))
+
+    def derivatives(f):
+        gradient = jax.grad(loss(f))
+        forward = jax.jvp(gradient, (kernel,), (direction,))
+        return jax.jvp(f, (kernel,), (direction,)), forward, jax.vmap(gradient)(jnp.stack([kernel, direction]))
+
+    close(*(jax.jit(functools.partial(derivatives, f))() for f in (apply, product)))
     # On the CPU the longer side of a weight's gradient comes last.
     compiled = jax.jit(jax.grad(loss(apply))).lower(kernel).compile().as_text()
     short, long = sorted((inputs, features))

@@ -15,23 +15,33 @@ from textgen.models import gru, lstm, mingru
 from textgen.models.transformer import attend, attend_in_blocks, choose_implementation, fused
 
 V = 11
+
+
+def variant(name, overrides, *marks):
+    label = "-".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in overrides.items())])
+    return pytest.param((name, overrides), id=label, marks=marks)
+
+
 # What keeps the whole contract, and the variants that differ in how they treat the past.
-CONTRACT = [*((name, {}) for name in BACKBONES), *((name, {"model.scan_layers": True}) for name in SCANNED)]
+SLOW = pytest.mark.slow
+CONTRACT = [
+    *(variant(name, {}) for name in BACKBONES),
+    *(variant(name, {"model.scan_layers": True}, SLOW) for name in SCANNED),
+]
 VARIANTS = [
     *CONTRACT,
-    ("transformer", {"model.transformer.kv_heads": 2, "model.transformer.qk_norm": True}),
-    ("transformer", {"model.context": 5}),
-    ("transformer", {"model.transformer.attention": "fused", "model.context": 6}),
-    ("transformer", {"model.transformer.positions": "learned", "model.context": 32, "model.norm": "layernorm"}),
-    ("transformer", {"model.transformer.activation": "swiglu", "model.tie_embedding": True}),
-    ("mingru", {"model.mingru.activation": "swiglu", "model.norm": "layernorm"}),
-    ("hybrid", {"model.context": 5, "model.recurrence": "associative"}),
+    variant("transformer", {"model.transformer.kv_heads": 2, "model.transformer.qk_norm": True}, SLOW),
+    variant("transformer", {"model.context": 5}),
+    variant("transformer", {"model.transformer.attention": "fused", "model.context": 6}, SLOW),
+    variant(
+        "transformer",
+        {"model.transformer.positions": "learned", "model.context": 32, "model.norm": "layernorm"},
+        SLOW,
+    ),
+    variant("transformer", {"model.transformer.activation": "swiglu", "model.tie_embedding": True}, SLOW),
+    variant("mingru", {"model.mingru.activation": "swiglu", "model.norm": "layernorm"}, SLOW),
+    variant("hybrid", {"model.context": 5, "model.recurrence": "associative"}, SLOW),
 ]
-
-
-def name_of(variant):
-    name, overrides = variant
-    return "-".join([name, *(f"{key.split('.')[-1]}={value}" for key, value in overrides.items())])
 
 
 def make(name, *overrides):
@@ -42,7 +52,7 @@ def make(name, *overrides):
     return model, noisy_params(model)
 
 
-@pytest.fixture(params=VARIANTS, ids=name_of, scope="module")
+@pytest.fixture(params=VARIANTS, scope="module")
 def built(request):
     model, params = make(*request.param)
     apply = jax.jit(lambda tokens, carry, lengths: model.apply({"params": params}, tokens, carry, lengths))
@@ -140,14 +150,14 @@ def test_the_past_is_used(built):
         assert (moved[:, -1].max(-1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+@pytest.mark.parametrize("variant", CONTRACT)
 def test_the_batch_is_the_first_axis_of_every_carry_leaf(variant):
     model, _ = make(*variant)
     assert {leaf.shape[0] for leaf in jax.tree.leaves(model.init_carry(5, 9))} == {5}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+@pytest.mark.parametrize("variant", CONTRACT)
 def test_eval_shape_and_vmap_over_seeds(variant):
     model, _ = make(*variant, {"model.layers": 2 if variant[0] == "hybrid" else 1})
     tokens = random_tokens(2, 6)
@@ -169,18 +179,25 @@ def test_eval_shape_and_vmap_over_seeds(variant):
         jax.tree.map(lambda s, p, i=i: close(s[i], p), stacked, params)
 
 
-@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
-def test_gradients_reach_every_parameter_and_remat_changes_nothing(variant):
+def gradient(model, params):
     tokens = random_tokens(2, 8)
+    return jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply({"params": p}, tokens)[0]))))(params)
+
+
+@pytest.mark.parametrize("variant", CONTRACT)
+def test_gradients_reach_every_parameter(variant):
+    assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(gradient(*make(*variant))))
+
+
+@pytest.mark.parametrize("variant", CONTRACT)
+@pytest.mark.slow
+def test_remat_changes_no_gradient(variant):
     plain, params = make(*variant)
     model, _ = make(*variant, {"model.remat": True})
-    gradient = lambda m: jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(m.apply({"params": p}, tokens)[0]))))(params)
-    expected, got = gradient(plain), gradient(model)
-    jax.tree.map(lambda a, b: close(a, b, 1e-4), expected, got)
-    assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(got))
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), gradient(plain, params), gradient(model, params))
 
 
-@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+@pytest.mark.parametrize("variant", CONTRACT)
 @pytest.mark.slow
 def test_bfloat16_stays_near_float32(variant):
     tokens = random_tokens(2, 8)
@@ -191,7 +208,8 @@ def test_bfloat16_stays_near_float32(variant):
     assert np.abs(np.asarray(a - b)).mean() < 0.1 * np.abs(np.asarray(a)).mean()
 
 
-@pytest.mark.parametrize("variant", CONTRACT, ids=name_of)
+@pytest.mark.parametrize("variant", CONTRACT)
+@pytest.mark.slow
 def test_dropout_is_off_unless_training_and_keeps_the_mean(variant):
     model, params = make(*variant, {"model.dropout": 0.5})
     plain, _ = make(*variant)
@@ -208,7 +226,7 @@ def test_dropout_is_off_unless_training_and_keeps_the_mean(variant):
     assert np.abs(np.asarray(one - other)).max() > 1e-3
 
 
-@pytest.mark.parametrize("variant", VARIANTS, ids=name_of)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_count_of_operations_is_xlas(variant):
     name, overrides = variant
     sizes = {"model.width": 128, "model.context": 512}
@@ -272,7 +290,7 @@ def plain_gru(projected, recurrent, bias, h):
     return hidden, last
 
 
-@pytest.mark.parametrize("steps", [1, 9])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=SLOW), 9])
 @pytest.mark.parametrize(
     ("fast", "plain", "shapes"),
     [
@@ -346,7 +364,10 @@ def with_gradients(f):
     return jax.jit(lambda *a: (f(*a), jax.grad(lambda *a: jnp.sum(jnp.sin(f(*a))), argnums=(0, 1, 2))(*a)))
 
 
-@pytest.mark.parametrize(("steps", "context"), [(64, 64), (65, 1), (65, 2), (130, 200), (130, 65), (600, 77)])
+@pytest.mark.parametrize(
+    ("steps", "context"),
+    [(64, 64), (65, 2), (130, 65), *(pytest.param(*p, marks=SLOW) for p in [(65, 1), (130, 200), (600, 77)])],
+)
 def test_attention_in_blocks_and_its_gradients_equal_that_of_all_at_once(steps, context):
     random = np.random.default_rng(0)
     q = random.standard_normal((2, 2, steps, 4)).astype(np.float32)

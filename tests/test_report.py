@@ -140,6 +140,7 @@ def test_a_diverged_run_is_told(tmp_path):
         assert "3 seeds of a and 2 of b" in text or "2 seeds of b and 3 of a" in text
 
 
+@pytest.mark.slow
 def test_an_arm_that_failed_and_three_that_did_not(tmp_path, drawn):
     folder = made_up(tmp_path / "four", {"a": 1.50, "b": 1.40, "c": 1.45, "d": None})
     page, markdown = both(folder)

@@ -55,7 +55,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize(
     ("name", "order", "devices"),
-    [("transformer", "shuffled", 2), ("lstm", "stream", 2)]
+    [("lstm", "stream", 2), pytest.param("transformer", "shuffled", 2, marks=pytest.mark.slow)]
     + [pytest.param(name, "stream", 1, marks=pytest.mark.slow) for name in ("mingru", "transformer")],
 )
 def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order, devices):
@@ -74,7 +74,10 @@ def test_where_a_run_is_cut_makes_no_difference_to_a_bit(name, order, devices):
     assert losses(rows) == singles
 
 
-@pytest.mark.parametrize("overrides", [{}, {"model.tie_embedding": True, "model.predict_ahead": 2}])
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param({}, marks=pytest.mark.slow), {"model.tie_embedding": True, "model.predict_ahead": 2}],
+)
 def test_a_loss_in_chunks_has_the_same_gradients_and_never_holds_all_logits(overrides):
     whole, batches = trainer_of(overrides)
     chunked, _ = trainer_of(overrides | {"train.loss_chunk": 7})  # 64 predictions do not divide by it
@@ -125,6 +128,7 @@ def test_only_the_targets_given_are_scored(parts):
     np.testing.assert_allclose(sums["grad_norm"][0], optax.tree.norm(gradients) / count, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_targets_means_the_next_token():
     trainer, batches = trainer_of()
     windows, fresh = batches(0, 3)
@@ -135,7 +139,7 @@ def test_no_targets_means_the_next_token():
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [(name, (2, 2, 1)) for name in ("lstm", "transformer")]
+    [pytest.param("lstm", (2, 2, 1), marks=pytest.mark.slow), ("transformer", (2, 2, 1))]
     + [pytest.param(name, (1, 2, 2), marks=pytest.mark.slow) for name in SOME_BACKBONES]
     + [pytest.param("transformer", (4, 1, 1), marks=pytest.mark.slow)],  # parameters are copied, whatever they are
     ids=str,
@@ -194,7 +198,7 @@ def test_a_mesh_of_more_devices_than_there_are_is_refused():
         parallel.make_mesh(tiny({"mesh.data": 8, "data.batch_size": 8}))
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lion", "sgd"))])
+@pytest.mark.parametrize("name", ["muon", *(pytest.param(n, marks=pytest.mark.slow) for n in ("adamw", "lion", "sgd"))])
 def test_every_optimizer_learns(name):
     rate = {"adamw": 1e-2, "muon": 1e-2, "lion": 4e-3, "sgd": 0.3}[name]
     overrides = {"optimizer.name": name, "optimizer.learning_rate": rate, "train.steps": 40, "log.every_steps": 10}
@@ -233,6 +237,7 @@ def test_muon_leaves_what_has_no_gradient():
     np.testing.assert_allclose(np.linalg.svd(of_rank_one)[1][1:], 0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_weight_decay_acts_on_matrices_alone():
     trainer, batches = trainer_of({"optimizer.learning_rate": 1e-2, "optimizer.weight_decay": 50.0, "train.steps": 40})
     before = trainer.init().params
@@ -268,12 +273,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert np.isfinite(sums["nats"][0])
 
 
+@pytest.mark.slow
 def test_a_run_that_stays_non_finite_stops():
     overrides = {"optimizer.name": "sgd", "optimizer.learning_rate": 1e30, "train.max_skipped_steps": 3}
     with pytest.raises(train.Diverged):
         run(*trainer_of(overrides))
 
 
+@pytest.mark.slow
 def test_the_average_is_the_average_and_is_what_is_evaluated():
     trainer, batches = trainer_of({"train.ema_decay": 0.5})
     state = trainer.init()
@@ -291,6 +298,7 @@ def test_a_run_compiles_its_step_once():
     assert trainer._dispatch._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
     trainer, batches = trainer_of({"model.dropout": 0.5, "optimizer.name": "sgd", "optimizer.learning_rate": 1e-9})
     window = batches(0, 1)
