@@ -11,7 +11,6 @@ of the product's rate a job's own products make is its `of limit`.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -27,6 +26,19 @@ from typing import Any
 from absl import flags
 
 from experiments import launch
+from experiments.ours import (
+    PROMPT,
+    SMALL,
+    SPECULATION,
+    STEPS,
+    TEMPERATURE,
+    Shape,
+    Speculation,
+    decoding,
+    evaluation,
+    flops,
+    training,
+)
 
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed turns of each side.")
 _ONLY = flags.DEFINE_string("only", r"^(train|evaluate|decode|speculate|start)", "Jobs whose name this pattern finds.")
@@ -35,23 +47,7 @@ _PAGE = flags.DEFINE_string(
     "page", None, "Write a page with the table, and with cost against size where it was measured."
 )
 
-STEPS, PROMPT, TEMPERATURE = 10, 6, 0.8
 SHORTEST_TURN = 0.5  # seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """What a job's size is; rows and tokens are those of a batch, or of the new texts."""
-
-    backbone: str
-    width: int
-    layers: int
-    rows: int
-    tokens: int
-    vocabulary: int = 65
-
-    def __str__(self) -> str:
-        return f"{self.backbone} {self.layers} x {self.width}, B{self.rows} T{self.tokens}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +72,6 @@ class Job:
     remark: Callable[[], str] = lambda: ""
 
 
-SMALL = Shape("transformer", 128, 4, 12, 64)  # nanoGPT's recipe for a CPU: 0.8M parameters
 TRAINING = [
     SMALL,
     dataclasses.replace(SMALL, tokens=256),
@@ -85,144 +80,12 @@ TRAINING = [
 ]
 EVALUATION = [Shape("transformer", 128, 4, 64, 128), Shape("lstm", 128, 2, 64, 128)]
 DECODING = [Shape(backbone, 128, 4, rows, 200) for backbone in ("transformer", "lstm") for rows in (1, 16, 64)]
-SPECULATION = dataclasses.replace(SMALL, rows=1, tokens=200)
-ORDER, GAMMA = 5, 4  # of the n-gram that proposes; tokens that it proposes at a time
-LEARNING = 400  # steps that the speculating model learns for: until then its text can hardly be foreseen
 SIZES = [
     *(dataclasses.replace(SMALL, rows=rows) for rows in (3, 12, 48)),
     *(dataclasses.replace(SMALL, tokens=tokens) for tokens in (32, 128, 512)),
     *(dataclasses.replace(SMALL, width=width) for width in (64, 256)),
     *(dataclasses.replace(SMALL, vocabulary=vocabulary) for vocabulary in (1024, 8192)),
 ]
-
-
-def build(shape: Shape) -> tuple[Any, Any]:
-    """(config, model) of that shape."""
-    from configs import base
-    from textgen import config as config_lib
-    from textgen import models
-
-    source = base.get_config()
-    source.update_from_flattened_dict(
-        {
-            "corpus.name": "tiny_shakespeare", "data.batch_size": shape.rows, "data.window": shape.tokens,
-            "model.backbone": shape.backbone, "model.width": shape.width, "model.layers": shape.layers,
-            "model.context": max(256, shape.tokens), "model.transformer.feed_forward_width": 4 * shape.width,
-            "optimizer.clip_norm": 1.0, "train.steps_per_dispatch": STEPS,
-        }
-    )  # fmt: skip
-    config = config_lib.from_dict(source)
-    return config, models.build(config, shape.vocabulary)
-
-
-def training(shape: Shape, steps: int = STEPS) -> Callable[[], None]:
-    """Optimizer steps, AdamW, clipped, as the peer does."""
-    import jax
-    import numpy as np
-
-    from textgen import parallel, train
-
-    config, model = build(shape)
-    trainer = train.Trainer(model, config, parallel.make_mesh(config))
-    state = trainer.init()
-    random = np.random.default_rng(0)
-
-    def call() -> None:
-        nonlocal state
-        windows = random.integers(0, shape.vocabulary, (steps, shape.rows, shape.tokens + 1)).astype(np.uint16)
-        state, sums = trainer.dispatch(state, windows, np.ones(steps, bool))
-        jax.block_until_ready(sums)
-
-    return call
-
-
-def evaluation(shape: Shape) -> Callable[[], None]:
-    """The loss of STEPS batches."""
-    import numpy as np
-
-    from textgen.evaluate import Evaluator
-
-    _, model = build(shape)
-    evaluator = Evaluator(model, window=shape.tokens, batch_size=shape.rows)
-    params, random = _params(model), np.random.default_rng(0)
-    text = random.integers(0, shape.vocabulary, STEPS * shape.rows * shape.tokens + 1).astype(np.uint16)
-    return lambda: evaluator.window_nats(params, text)
-
-
-def decoding(shape: Shape, model: Any = None, params: Any = None) -> Callable[[], Any]:
-    """New tokens, and what the sampler tells of each; of an untrained model of that shape where none is given."""
-    import numpy as np
-
-    from textgen import generate, sampling
-
-    if model is None:
-        model = build(shape)[1]
-        params = _params(model)
-    step = lambda params, *inputs: model.apply({"params": params}, *inputs, method="next_token")
-    generator = generate.Generator(step, model.init_carry, model.max_positions)
-    chain = sampling.chain(sampling.temperature(TEMPERATURE))
-    prompt, keys = [np.arange(PROMPT, dtype=np.int32)], generate.row_keys(0, shape.rows)
-    return lambda: generator(params, prompt, keys, chain, length=shape.tokens, num_samples=shape.rows)
-
-
-class Speculation:
-    """The main job's Transformer after its first steps, and an n-gram of the same text that proposes."""
-
-    @functools.cached_property
-    def trained(self) -> tuple[Any, Any, Any, Any]:
-        """(model, its parameters, the n-gram, its tables)."""
-        import jax
-        import numpy as np
-
-        from configs import shakespeare
-        from textgen import config as config_lib
-        from textgen import corpora, data, models, parallel, train
-        from textgen.models import ngram
-        from textgen.tokenizers import CharacterTokenizer
-
-        text = corpora.NAMED["tiny_shakespeare"]()
-        tokens = CharacterTokenizer("".join(sorted(set(text)))).encode(text)
-        source = shakespeare.get_config()
-        source.train.steps = LEARNING
-        config = config_lib.from_dict(source)
-        model = models.build(config, SMALL.vocabulary)
-        trainer = train.Trainer(model, config, parallel.make_mesh(config))
-        state, batches, most = trainer.init(), data.Batches(tokens, config.data, 0), config.train.steps_per_dispatch
-        for step in range(0, LEARNING, most):
-            state, _ = trainer.dispatch(state, *batches(step, min(most, LEARNING - step)))
-        tables = jax.tree.map(jax.numpy.asarray, ngram.fit(np.asarray(tokens), ORDER, SMALL.vocabulary))
-        return model, parallel.on_one(state.eval_params), models.NGram(ORDER, SMALL.vocabulary), tables
-
-    def ours(self) -> Callable[[], None]:
-        """Several tokens a call."""
-        import numpy as np
-
-        from textgen import generate, sampling, speculative
-
-        model, params, draft, tables = self.trained
-        speculator = speculative.speculator(model, draft, gamma=GAMMA)
-        chain, keys = sampling.chain(sampling.temperature(TEMPERATURE)), generate.row_keys(0, 1)
-        prompt = [np.arange(PROMPT, dtype=np.int32)]
-
-        def call() -> None:
-            made = speculator(params, tables, prompt, keys, chain, length=SPECULATION.tokens)
-            self.tokens_per_call = made.tokens_per_call
-
-        return call
-
-    def plain(self) -> Callable[[], Any]:
-        """One token a call."""
-        return decoding(SPECULATION, *self.trained[:2])
-
-    def remark(self) -> str:
-        return f"{self.tokens_per_call:.2f} tokens a call"
-
-
-def _params(model: Any) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    return model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
 
 
 def jobs() -> Iterator[Job]:
@@ -236,23 +99,19 @@ def jobs() -> Iterator[Job]:
             if s.backbone == "transformer" and prefix == "train":  # PyTorch does not compile its LSTM
                 theirs["torch.compile"] = lambda s=s: peers.training(s, STEPS, compiled=True)
             name = f"{prefix} {s}" + (f" V{s.vocabulary}" if prefix == "sizes" else "")
-            yield Job(name, s, tokens, 3 * tokens * _flops(s), lambda s=s: training(s), theirs)
+            yield Job(name, s, tokens, 3 * tokens * flops(s), lambda s=s: training(s), theirs)
     for s in EVALUATION:
         tokens = STEPS * s.rows * s.tokens
         theirs = {"PyTorch eager": lambda s=s: peers.evaluation(s, STEPS)}
-        yield Job(f"evaluate {s}", s, tokens, tokens * _flops(s), lambda s=s: evaluation(s), theirs)
+        yield Job(f"evaluate {s}", s, tokens, tokens * flops(s), lambda s=s: evaluation(s), theirs)
     for s in DECODING:
         peer = "torch.nn.LSTM loop" if s.backbone == "lstm" else "transformers generate"
         theirs = {peer: lambda s=s: peers.generation(s, PROMPT, TEMPERATURE)}
         tokens = s.rows * s.tokens
-        yield Job(f"decode {s}", s, tokens, tokens * _flops(s), lambda s=s: decoding(s), theirs)
+        yield Job(f"decode {s}", s, tokens, tokens * flops(s), lambda s=s: decoding(s), theirs)
     s, speculation = SPECULATION, Speculation()
     theirs = {"one token a call": speculation.plain}
-    yield Job(f"speculate {s}", s, s.tokens, s.tokens * _flops(s), speculation.ours, theirs, speculation.remark)
-
-
-def _flops(shape: Shape) -> float:
-    return build(shape)[1].flops_per_token(shape.tokens)
+    yield Job(f"speculate {s}", s, s.tokens, s.tokens * flops(s), speculation.ours, theirs, speculation.remark)
 
 
 def seconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
@@ -291,11 +150,11 @@ def launch_alone(side: str) -> tuple[float, float]:
     """(seconds, peak MiB) of a process that takes one training step of SMALL and ends."""
     body = {
         "ours": "from textgen import parallel, run; parallel.use_cores(); run.use_compilation_cache(); "
-        "benchmark.training(benchmark.SMALL, 1)()",
-        "PyTorch eager": "from experiments import peers; peers.training(benchmark.SMALL, 1)()",
+        "ours.training(ours.SMALL, 1)()",
+        "PyTorch eager": "from experiments import peers; peers.training(ours.SMALL, 1)()",
     }[side]
     # Linux hands ru_maxrss on from the parent: the peak of this process alone stands in /proc.
-    body = f"from experiments import benchmark; {body}; print(open('/proc/self/status').read())"
+    body = f"from experiments import ours; {body}; print(open('/proc/self/status').read())"
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", body], capture_output=True, text=True, check=True)
     return time.perf_counter() - began, int(re.search(r"VmHWM:\s*(\d+) kB", done.stdout)[1]) / 1024

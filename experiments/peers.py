@@ -1,14 +1,13 @@
 """The other side of experiments.benchmark: the same shapes written with PyTorch's and transformers' own parts."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from experiments.benchmark import Shape
+from experiments.ours import Shape
 
 
 class Block(nn.Module):
@@ -28,7 +27,7 @@ class Block(nn.Module):
 
 
 class TransformerModel(nn.Module):
-    def __init__(self, shape: "Shape"):
+    def __init__(self, shape: Shape):
         super().__init__()
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.positions = nn.Embedding(shape.tokens, shape.width)
@@ -41,7 +40,7 @@ class TransformerModel(nn.Module):
 
 
 class LSTMModel(nn.Module):
-    def __init__(self, shape: "Shape"):
+    def __init__(self, shape: Shape):
         super().__init__()
         self.embedding = nn.Embedding(shape.vocabulary, shape.width)
         self.lstm = nn.LSTM(shape.width, shape.width, shape.layers, batch_first=True)
@@ -59,7 +58,7 @@ class LSTMModel(nn.Module):
 MODELS = {"transformer": TransformerModel, "lstm": LSTMModel}
 
 
-def training(shape: "Shape", steps: int, compiled: bool = False) -> Callable[[], None]:
+def training(shape: Shape, steps: int, compiled: bool = False) -> Callable[[], None]:
     """`steps` optimizer steps per call: fused AdamW, clipped."""
     model = MODELS[shape.backbone](shape)
     run = torch.compile(model) if compiled else model
@@ -77,7 +76,7 @@ def training(shape: "Shape", steps: int, compiled: bool = False) -> Callable[[],
     return call
 
 
-def evaluation(shape: "Shape", batches: int) -> Callable[[], None]:
+def evaluation(shape: Shape, batches: int) -> Callable[[], None]:
     """The loss of `batches` batches per call."""
     model = MODELS[shape.backbone](shape).eval()
 
@@ -91,7 +90,7 @@ def evaluation(shape: "Shape", batches: int) -> Callable[[], None]:
     return call
 
 
-def generation(shape: "Shape", prompt: int, temperature: float) -> Callable[[], None]:
+def generation(shape: Shape, prompt: int, temperature: float) -> Callable[[], None]:
     """shape.tokens new tokens for each of shape.rows rows: transformers' generate, or a loop over torch's LSTM."""
     ids = torch.arange(prompt)[None].repeat(shape.rows, 1)
     if shape.backbone == "lstm":

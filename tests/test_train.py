@@ -53,6 +53,24 @@ def equal(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(keys(x), keys(y)), a, b)
 
 
+def test_the_rate_leaves_out_the_dispatch_that_compiles(monkeypatch):
+    trainer, batches = trainer_of({})
+    rows = {name: np.ones(4, np.float32) for name in (*train.SUMS, "skipped", "skipped_in_a_row")}
+
+    def drive(_, state, *__, read, **___):
+        for first, seconds in ((0, 60.0), (4, 2.0), (8, 1.0)):
+            read(first, 4, rows, train.Timing(seconds, 0.0))
+        return state
+
+    monkeypatch.setattr(train, "drive", drive)
+    seen = []
+    quiet = {"on_row": lambda *_: None, "pauses": [], "save": lambda *_: None}
+    train.loop(trainer, trainer.abstract, batches, on_dispatch=lambda *told: seen.append(told), **quiet)
+    a_step = trainer.config.data.batch_size * trainer.config.data.window
+    np.testing.assert_allclose([rate / a_step for _, _, rate in seen], [4 / 60, 4 / 2, 8 / 3])
+    assert [step for step, _, _ in seen] == [4, 8, 12]
+
+
 @pytest.mark.parametrize(
     ("name", "order", "devices"),
     [("lstm", "stream", 2), pytest.param("transformer", "shuffled", 2, marks=pytest.mark.slow)]

@@ -120,7 +120,6 @@ class Session:
         start = int(state.step)
         writer = logs.Writer(self.workdir, start)
         evaluated: dict[int, float] = {}
-        training_began = time.perf_counter()
 
         def save(step: int, state: train.State) -> None:
             checkpoints.save(step, state, evaluated.get(step))
@@ -139,8 +138,7 @@ class Session:
                 f"step {step}  validation loss {report.loss:.4f}  ({report.bits_per_character:.4f} bits per character)"
             )
 
-        def on_dispatch(step: int, loss: float, tokens: int) -> None:
-            rate = tokens / (time.perf_counter() - training_began)
+        def on_dispatch(step: int, loss: float, rate: float) -> None:
             left = (config.train.steps - step) * config.data.batch_size * config.data.window / rate
             display.update(step, loss, rate, left)
 
