@@ -126,7 +126,8 @@ def test_a_figure_takes_the_colours_of_the_page_and_leaves_matplotlib_as_it_was(
     assert "var(--c1)" in drawing
     assert "currentColor" in drawing
     assert "var(--line)" in drawing
-    assert not any(color in drawing for color in (*pages.COLORS, pages.INK, pages.GRID))
+    assert "var(--paper)" in pages.figure(lambda drawing: drawing.subplots().plot([0, 1], color=pages.PAPER))
+    assert not any(color in drawing for color in (*pages.COLORS, pages.INK, pages.GRID, pages.PAPER))
     assert drawing == pages.figure(plot(pages.COLORS[1]))
 
 

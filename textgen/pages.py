@@ -19,7 +19,7 @@ import numpy as np
 LEVELS = 12  # of a shade; finer steps are not seen, and a class each keeps the page small
 COLORS = ("#2a6fb0", "#c8551b", "#2b8a5b", "#9a4f9c", "#8a7413", "#54697a")  # series on light paper
 _DARK = ("#6fb1ee", "#f0935c", "#63c795", "#cf8fd0", "#cdb649", "#9fb3c4")  # the same on dark
-INK, GRID = "#010101", "#020202"  # in a figure: the page's text colour, and that of thin lines
+INK, GRID, PAPER = "#010101", "#020202", "#030303"  # in a figure: the page's colours of text, thin lines and ground
 
 _SERIES = lambda colors: " ".join(f"--c{i}: {color};" for i, color in enumerate(colors))
 _STEP = lambda name, color, i: (
@@ -137,7 +137,7 @@ def scale(low: str, high: str, *, two_sided: bool = False) -> str:
 def figure(draw: Callable[[Any], None], *, size: Sequence[float | int] = (7.5, 3.6), caption: str = "") -> str:
     """A matplotlib figure as inline SVG, in the page's colours.
 
-    Series drawn in COLORS (the default cycle), INK and GRID take the reader's light or dark tones.
+    Series drawn in COLORS (the default cycle), INK, GRID and PAPER take the reader's light or dark tones.
 
     Args:
       draw: gets an empty matplotlib Figure (`axes = figure.subplots()`) and draws on it.
@@ -174,7 +174,9 @@ def figure(draw: Callable[[Any], None], *, size: Sequence[float | int] = (7.5, 3
     own = hashlib.sha256(svg.encode()).hexdigest()[:8]
     svg = re.sub(r' id="([^"]+)"', lambda m: f' id="{own}-{m[1]}"' if m[1] in used else "", svg)
     svg = re.sub(r"""(url\(#|href="#)""", rf"\g<1>{own}-", svg)
-    names = {INK: "currentColor", GRID: "var(--line)"} | {c: f"var(--c{i})" for i, c in enumerate(COLORS)}
+    names = {INK: "currentColor", GRID: "var(--line)", PAPER: "var(--paper)"} | {
+        c: f"var(--c{i})" for i, c in enumerate(COLORS)
+    }
     svg = re.sub("|".join(names), lambda m: names[m[0]], svg)
     note = f'<figcaption class="note">{html.escape(caption)}</figcaption>' if caption else ""
     return f"<figure>{svg}{note}</figure>"

@@ -49,10 +49,15 @@ def losses(
         for i, (name, loss) in enumerate(sorted(baselines.items(), key=lambda item: item[1])):
             if low <= loss <= high:
                 axes.axvline(loss, color=pages.INK, lw=1, ls=(0, (4, 3)), alpha=0.6)
-                # Names stand at two heights, so that neighbours do not cover each other.
-                place = (3, -3 - 12 * (i % 2))
+                # Names stand at two heights and on the page's own ground: neighbours do not cover each other.
                 axes.annotate(
-                    name, (loss, 1), place, xycoords=("data", "axes fraction"), textcoords="offset points", va="top"
+                    name,
+                    (loss, 1),
+                    (3, -3 - 12 * (i % 2)),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    va="top",
+                    bbox={"facecolor": pages.PAPER, "edgecolor": "none", "pad": 0.5},
                 )
         axes.set_yticks(range(len(arms)), list(arms))
         axes.set_ylim(len(arms) - 0.4, -0.9)
