@@ -43,7 +43,7 @@ class Linear(nn.Module):
 def gradient_transposed(kernel: Float[Array, "D F"]) -> Float[Array, "D F"]:
     """The kernel itself; its gradient x^T g is computed as (g^T x)^T.
 
-    XLA's CPU backend computes x^T g at about half the speed where it has more rows than columns.
+    XLA's CPU backend computes x^T g at 55 to 90 % of that speed where it has more rows than columns.
     """
     return kernel
 
