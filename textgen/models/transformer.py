@@ -146,7 +146,9 @@ class Transformer(nn.Module):
             position = carry.position + new
             longest = jnp.broadcast_to(jnp.max(position), position.shape)
             after = carry.written + new if agree(len(x), lengths) else longest
-            past = carry.places - 1, carry.written[0], after[0]
+            where = carry.written[0], after[0]
+            seen = remember(carry.places, positions + 1, *where, lengths, 1)
+            past = carry.places - 1, seen - 1, *where
         places = positions, turn, past
         if self.scan_layers:
             x, memory = self.block(0)(x, places, memory, lengths, train)
@@ -158,7 +160,7 @@ class Transformer(nn.Module):
             memory = tuple(new)
         if carry is None:
             return x, None
-        return x, Carry(memory, remember(carry.places, positions + 1, *past[1:], lengths, 1), position, after)
+        return x, Carry(memory, seen, position, after)
 
 
 class Block(nn.Module):
@@ -252,12 +254,14 @@ def attention(
     """Attention of T new tokens to themselves and to the past, and the past with them added.
 
     Without a past this is plain causal attention. With one, the tokens read the ring as it was
-    and their own keys beside it.
+    and their own keys beside it; a single token goes into the ring first, over what it no longer
+    sees.
 
     Args:
       q: [B, H, T, K]; k, v: [B, G, T, K]; positions: [B or 1, T].
       memory: of one layer, as in Carry; None: there is no past.
-      past: (positions [B, S] of what is in the ring, below 0 where nothing is; `written` before; after).
+      past: (positions [B, S] of what is in the ring, below 0 where nothing is, before the tokens
+        and after them; `written` before; after).
       lengths: [B] or None.
       implementation: of `fused`, which may compute what has no past; None: `attend` does.
     """
@@ -265,7 +269,10 @@ def attention(
         return fused(q, k, v, context, implementation), None
     if memory is None:
         return attend_in_blocks(q, k, v, positions, context), None
-    (keys, values), (old, before, after) = memory, past
+    (keys, values), (old, new, before, after) = memory, past
+    if k.shape[2] == 1 and lengths is None and len(k) > 1:  # of a single row XLA would copy the ring
+        keys, values = (remember(ring, own, before, after, None, 2) for ring, own in ((keys, k), (values, v)))
+        return attend(q, [(keys, values, new)], positions, context), (keys, values)
     near = min(context, keys.shape[2]) if k.shape[2] == 1 else context
     y = attend(q, [(keys, values, old), (k, v, positions)], positions, near)
     # Where to write depends on y, if only in appearance: XLA then knows that the ring has been
