@@ -221,6 +221,20 @@ def test_the_draw_at_its_edges():
     assert int(draw(z, jnp.array([below_one]))[0]) == 2
 
 
+def test_the_draw_from_a_large_vocabulary_inverts_the_running_sum():
+    vocab, n = 50257, 50
+    random = np.random.default_rng(0)
+    z = random.normal(0, 3, (1, vocab)).astype(np.float32)
+    z[0, random.integers(0, vocab, vocab // 2)] = -INF
+    uniforms = random.random(n).astype(np.float32)
+    tokens = np.asarray(draw(jnp.asarray(np.repeat(z, n, 0)), jnp.asarray(uniforms)))
+    p = probabilities(z)[0]
+    mass = np.cumsum(p)
+    assert (p[tokens] > 0).all()
+    assert (uniforms < mass[tokens] + 1e-6).all()
+    assert (uniforms > (mass - p)[tokens] - 1e-6).all()
+
+
 def test_a_chain_is_written_and_read():
     chain = sampling.parse("temperature(0.8), top_p(p=0.95), top_k(5)")
     assert str(chain) == "temperature(0.8), top_p(0.95), top_k(5)"
