@@ -7,7 +7,10 @@ trains. The machine's own limits are measured first: a large matrix product and 
 of the product's rate a job's own products make is its `of limit`.
 
     python -m experiments.benchmark --only=decode
+    python -m experiments.benchmark --only=seeds                     # 8 seeds in one program, against 8 runs
     python -m experiments.benchmark --only=sizes --page=sizes.html   # and a plot of cost against size
+
+On a GPU the jobs are those of GPU_TRAINING and so on, in bfloat16.
 """
 
 import dataclasses
@@ -28,6 +31,7 @@ from absl import flags
 from experiments import launch
 from experiments.ours import (
     PROMPT,
+    SEEDS,
     SMALL,
     SPECULATION,
     STEPS,
@@ -35,8 +39,11 @@ from experiments.ours import (
     Shape,
     Speculation,
     decoding,
+    ensemble,
     evaluation,
     flops,
+    separately,
+    traffic,
     training,
 )
 
@@ -61,6 +68,7 @@ class Job:
       ours: makes our call.
       peers: make theirs.
       remark: what else the call showed.
+      bytes: that a call has to read of the device's memory.
     """
 
     name: str
@@ -70,6 +78,7 @@ class Job:
     ours: Callable[[], Callable[[], None]]
     peers: dict[str, Callable[[], Callable[[], Any]]]
     remark: Callable[[], str] = lambda: ""
+    bytes: float = 0.0
 
 
 TRAINING = [
@@ -80,6 +89,11 @@ TRAINING = [
 ]
 EVALUATION = [Shape("transformer", 128, 4, 64, 128), Shape("lstm", 128, 2, 64, 128)]
 DECODING = [Shape(backbone, 128, 4, rows, 200) for backbone in ("transformer", "lstm") for rows in (1, 16, 64)]
+ENSEMBLES = [Shape(name, width, 2, 32, 32) for name in ("lstm", "gru", "transformer") for width in (8, 16, 32)]
+GPT2 = Shape("transformer", 768, 12, 12, 1024, 50304, "bfloat16")  # 124M parameters
+CHARACTERS = Shape("transformer", 384, 6, 64, 256, 65, "bfloat16")  # nanoGPT's recipe for a GPU: 10.65M
+GPU_TRAINING = [GPT2, CHARACTERS, Shape("lstm", 1024, 3, 64, 256, 65, "bfloat16")]
+GPU_DECODING = [dataclasses.replace(GPT2, rows=rows, tokens=200) for rows in (1, 256)]
 SIZES = [
     *(dataclasses.replace(SMALL, rows=rows) for rows in (3, 12, 48)),
     *(dataclasses.replace(SMALL, tokens=tokens) for tokens in (32, 128, 512)),
@@ -92,7 +106,8 @@ def jobs() -> Iterator[Job]:
     """Every pair that runs in one process."""
     from experiments import peers
 
-    for prefix, shapes in (("train", TRAINING), ("sizes", SIZES)):
+    on_gpu = peers.DEVICE != "cpu"
+    for prefix, shapes in (("train", GPU_TRAINING if on_gpu else TRAINING), ("sizes", SIZES)):
         for s in shapes:
             tokens = STEPS * s.rows * s.tokens
             theirs = {"PyTorch eager": lambda s=s: peers.training(s, STEPS)}
@@ -100,15 +115,21 @@ def jobs() -> Iterator[Job]:
                 theirs["torch.compile"] = lambda s=s: peers.training(s, STEPS, compiled=True)
             name = f"{prefix} {s}" + (f" V{s.vocabulary}" if prefix == "sizes" else "")
             yield Job(name, s, tokens, 3 * tokens * flops(s), lambda s=s: training(s), theirs)
-    for s in EVALUATION:
+    for s in GPU_TRAINING if on_gpu else EVALUATION:
         tokens = STEPS * s.rows * s.tokens
         theirs = {"PyTorch eager": lambda s=s: peers.evaluation(s, STEPS)}
         yield Job(f"evaluate {s}", s, tokens, tokens * flops(s), lambda s=s: evaluation(s), theirs)
-    for s in DECODING:
+    for s in GPU_DECODING if on_gpu else DECODING:
         peer = "torch.nn.LSTM loop" if s.backbone == "lstm" else "transformers generate"
         theirs = {peer: lambda s=s: peers.generation(s, PROMPT, TEMPERATURE)}
-        tokens = s.rows * s.tokens
-        yield Job(f"decode {s}", s, tokens, tokens * flops(s), lambda s=s: decoding(s), theirs)
+        tokens, read = s.rows * s.tokens, traffic(s) if on_gpu else 0.0  # a CPU's caches hold much of it
+        yield Job(f"decode {s}", s, tokens, tokens * flops(s), lambda s=s: decoding(s), theirs, bytes=read)
+    for s in [CHARACTERS] if on_gpu else ENSEMBLES:
+        tokens = SEEDS * STEPS * s.rows * s.tokens
+        theirs = {f"{SEEDS} separate runs": lambda s=s: separately(s)}
+        for at_once in (1, SEEDS):
+            name = f"seeds {s}, {at_once} at once"
+            yield Job(name, s, tokens, 3 * tokens * flops(s), lambda s=s, n=at_once: ensemble(s, n), theirs)
     s, speculation = SPECULATION, Speculation()
     theirs = {"one token a call": speculation.plain}
     yield Job(f"speculate {s}", s, s.tokens, s.tokens * flops(s), speculation.ours, theirs, speculation.remark)
@@ -133,8 +154,8 @@ def limits() -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    n = 2048
-    square, large = jnp.ones((n, n)), jnp.ones(2**26)
+    n, dtype = (2048, "float32") if jax.default_backend() == "cpu" else (8192, "bfloat16")
+    square, large = jnp.ones((n, n), dtype), jnp.ones(2**26)
     product, copy = jax.jit(jnp.matmul), jax.jit(lambda x: x + 1)
     took = seconds(
         {
@@ -217,6 +238,10 @@ def page(rows: list[dict[str, Any]], limit: dict[str, float]) -> str:
 
 
 def main() -> None:
+    # Both sides live on one GPU: ours must not take its memory in advance.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    import jax
+
     from textgen import parallel
     from textgen.config import UserError, require
 
@@ -226,6 +251,8 @@ def main() -> None:
     except ImportError:
         raise UserError('The peers are not installed: pip install -e ".[bench]"') from None
     parallel.use_cores()
+    ours, theirs = jax.default_backend() == "gpu", torch.cuda.is_available()
+    require(ours == theirs, f"One side would have a GPU and the other none: JAX sees one: {ours}, PyTorch: {theirs}.")
     limit, rows = limits(), []
 
     def show(row: dict[str, Any]) -> None:
@@ -246,7 +273,7 @@ def main() -> None:
         took = seconds({"ours": job.ours(), **{name: peer() for name, peer in job.peers.items()}}, _REPEATS.value)
         rate = {name: job.tokens / t for name, t in took.items()}
         ours = rate.pop("ours")
-        of_limit = job.flops / took["ours"] / limit["flops"]
+        of_limit = max(job.flops / limit["flops"], job.bytes / limit["bytes"]) / took["ours"]
         row = {"job": job.name, "shape": job.shape, "unit": "tokens/s", "ours": ours, "peers": rate}
         row["remark"] = job.remark()
         show(row | {"ratio": ours / max(rate.values()), "of_limit": of_limit})

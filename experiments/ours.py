@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-STEPS, PROMPT, TEMPERATURE = 10, 6, 0.8
+STEPS, SEEDS, PROMPT, TEMPERATURE = 10, 8, 6, 0.8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,11 @@ class Shape:
     rows: int
     tokens: int
     vocabulary: int = 65
+    dtype: str = "float32"  # computed in; parameters are float32
+
+    @property
+    def heads(self) -> int:
+        return max(4, self.width // 64)
 
     def __str__(self) -> str:
         return f"{self.backbone} {self.layers} x {self.width}, B{self.rows} T{self.tokens}"
@@ -41,6 +46,7 @@ def build(shape: Shape) -> tuple[Any, Any]:
             "corpus.name": "tiny_shakespeare", "data.batch_size": shape.rows, "data.window": shape.tokens,
             "model.backbone": shape.backbone, "model.width": shape.width, "model.layers": shape.layers,
             "model.context": max(256, shape.tokens), "model.transformer.feed_forward_width": 4 * shape.width,
+            "model.transformer.heads": shape.heads, "model.compute_dtype": shape.dtype,
             "optimizer.clip_norm": 1.0, "train.steps_per_dispatch": STEPS,
         }
     )  # fmt: skip
@@ -67,6 +73,34 @@ def training(shape: Shape, steps: int = STEPS) -> Callable[[], None]:
         jax.block_until_ready(sums)
 
     return call
+
+
+def ensemble(shape: Shape, at_once: int | None = None) -> Callable[[], None]:
+    """The same optimizer steps of SEEDS seeds in one program, `at_once` of them vmapped."""
+    import jax
+    import numpy as np
+
+    from textgen.comparison.ensemble import Ensemble
+
+    config, model = build(shape)
+    made = Ensemble(model, config, [(seed, config.optimizer.learning_rate) for seed in range(SEEDS)], at_once)
+    state = made.init()
+    random = np.random.default_rng(0)
+
+    def call() -> None:
+        nonlocal state
+        size = (SEEDS, STEPS, shape.rows, shape.tokens + 1)
+        windows = random.integers(0, shape.vocabulary, size).astype(np.uint16)
+        state, sums = made.dispatch(state, windows, np.ones(STEPS, bool))
+        jax.block_until_ready(sums)
+
+    return call
+
+
+def separately(shape: Shape) -> Callable[[], None]:
+    """The same as runs of their own, one after another."""
+    call = training(shape)
+    return lambda: [call() for _ in range(SEEDS)] and None
 
 
 def evaluation(shape: Shape) -> Callable[[], None]:
@@ -161,3 +195,15 @@ def _params(model: Any) -> Any:
 def flops(shape: Shape) -> float:
     """Of a forward pass's matrix products, per token."""
     return build(shape)[1].flops_per_token(shape.tokens)
+
+
+def traffic(shape: Shape) -> float:
+    """Bytes that decoding has to read: once a token all weights of products, and half of what the carry comes to."""
+    import jax
+
+    model = build(shape)[1]
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    params = jax.eval_shape(lambda: _params(model))
+    weights = size(params) - size(params["embedding"])
+    past = jax.eval_shape(lambda: model.init_carry(shape.rows, shape.tokens))
+    return shape.tokens * (weights + size(past) / 2) * jax.numpy.dtype(shape.dtype).itemsize
