@@ -68,6 +68,11 @@ class Cell:
         """(seed, learning rate) of each run."""
         return list(itertools.product(range(self.probes.seeds), self.probes.learning_rates))
 
+    @property
+    def step_tokens(self) -> int:
+        """Of one run's step: what its time goes with, more or less."""
+        return self.config.data.batch_size * self.config.data.window
+
     def settings(self) -> dict[str, Any]:
         """All that its results depend on, for JSON."""
         p = self.probes
@@ -226,7 +231,7 @@ class Probes:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         todo = [cell for cell in self.cells if cell.name not in self.results]
-        total = sum(cell.config.train.steps for cell in todo)
+        total = sum(cell.config.train.steps * cell.step_tokens for cell in todo)
         if len(todo) < len(self.cells):
             logs.console.print(f"{len(self.cells) - len(todo)} of {len(self.cells)} probes are finished already")
         with train.stop_on_signals() as stopping, logs.Overview(float(max(total, 1)), 0.0) as display:
@@ -237,7 +242,8 @@ class Probes:
 
                 def on_step(step: int, loss: float, cell: Cell = cell) -> None:
                     nonlocal last
-                    display.update(cell.name, step / cell.config.train.steps, float(step - last), f"loss {loss:.3f}")
+                    share, work = step / cell.config.train.steps, float((step - last) * cell.step_tokens)
+                    display.update(cell.name, share, work, f"loss {loss:.3f}")
                     last = step
 
                 try:
