@@ -200,29 +200,43 @@ def test_beyond_the_window_it_goes_on_and_equals_recomputing_the_window(name):
     np.testing.assert_array_equal(text[4:], np.argmax(logits[0, 3:-1], -1))
 
 
+LEARNED = {"model.transformer.positions": "learned", "model.context": 16}
+
+
+@pytest.mark.parametrize("prompt", [3, 12, 16, 17, 40])
+def test_past_learned_positions_every_token_follows_from_the_window_of_its_own_length(prompt):
+    full, params, generator = build("transformer", **LEARNED)
+    made = generator(params, prompts_of([prompt]), generate.row_keys(0, 1), sampling.chain(), length=30)
+    text = np.concatenate([prompts_of([prompt])[0], made.tokens[0]])
+    for t in range(prompt, len(text)):
+        start = 0 if t <= 16 else 8 * -(-(t - 16) // 8)  # all of up to 16 tokens, then half of them on
+        window = np.zeros(16, np.int32)
+        window[: t - start] = text[start:t]
+        expected = jax.nn.log_softmax(full(params, window[None])[0, t - start - 1])[text[t]]
+        np.testing.assert_allclose(made.log_probability[0, t - prompt], expected, atol=1e-4)
+
+
 @pytest.mark.slow
-def test_learned_positions_read_their_last_half_afresh_and_go_on():
-    full, params, generator = build("transformer", **{"model.transformer.positions": "learned", "model.context": 16})
-    made = generator(params, prompts_of([5]), generate.row_keys(0, 1), sampling.chain(sampling.greedy()), length=40)
-    text = np.concatenate([prompts_of([5])[0], made.tokens[0]])
-    # Every token follows from some window of at least half the positions that ends before it.
-    padded = np.concatenate([text, np.zeros(16, np.int32)])
-    likeliest = np.array([np.argmax(full(params, padded[None, s : s + 16])[0], -1) for s in range(len(text))])
-    for t in range(16, 45):
-        assert text[t] in {likeliest[s, t - s - 1] for s in range(t - 16, t - 7)}
-    guided = generator(
-        params,
-        prompts_of([5]),
-        generate.row_keys(0, 1),
-        MEMORIES,
-        length=40,
-        guidance=1.0,
-        second_prompts=prompts_of([9]),
-    )
-    plain = generator(params, prompts_of([5]), generate.row_keys(0, 1), MEMORIES, length=8)
-    np.testing.assert_array_equal(guided.tokens[:, :8], plain.tokens)
-    long = generator(params, prompts_of([30]), generate.row_keys(0, 1), CHAIN, length=3)
-    assert long.tokens.shape == (1, 3)
+def test_past_learned_positions_a_row_depends_on_neither_chunk_nor_neighbours():
+    _, params, generator = build("transformer", **LEARNED)
+    prompts, keys = prompts_of([3, 14, 16, 30, 9]), generate.row_keys(0, 5)
+    together = generator(params, prompts, keys, MEMORIES, length=50)
+    for i, prompt in enumerate(prompts):
+        for chunk in (50, 7):
+            alone = generator(params, [prompt], keys[i : i + 1], MEMORIES, length=50, chunk=chunk)
+            np.testing.assert_array_equal(alone.tokens[0], together.tokens[i])
+    guided = generator(params, prompts, keys, MEMORIES, length=50, guidance=1.0, second_prompts=prompts_of([11] * 5))
+    np.testing.assert_array_equal(guided.tokens, together.tokens)
+
+
+def test_a_memory_holds_all_of_a_prompt_that_outruns_the_positions():
+    _, params, generator = build("transformer", **LEARNED)
+    prompt = np.tile(np.arange(V, dtype=np.int32), 12)
+    chain = sampling.chain(sampling.no_repeat_ngram(2))
+    made = generator(params, [prompt], generate.row_keys(0, 1), chain, length=20)
+    text = [*prompt.tolist(), *made.tokens[0].tolist()]
+    pairs = list(zip(text, text[1:], strict=False))
+    assert not any(pair in pairs[: i + len(prompt) - 1] for i, pair in enumerate(pairs[len(prompt) - 1 :]))
 
 
 def test_every_position_and_every_row_draws_anew(one):

@@ -7,6 +7,7 @@ Nothing here knows a model. A step function is
 with the logits after each row's last real token.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -80,9 +81,8 @@ class Generator:
           step: as above.
           init_carry: (batch_size, max_length) -> carry. With more room, a carry is the same with
             zeros behind.
-          max_positions: the longest sequence that the model takes. When the longest row reaches
-            it, the last half of every row is read afresh, and generation goes on from there.
-            None: the model itself goes on for ever.
+          max_positions: the longest sequence that the model takes. A row that has grown beyond it
+            is read afresh from where `window_start` says. None: the model itself goes on for ever.
         """
         self.max_positions = max_positions
 
@@ -186,33 +186,38 @@ class Generator:
         With guidance, R is twice the keys: the rows that read the second prompts come last.
         """
         texts, origin = [np.asarray(p, np.int32) for p in prompts], copies
-        rows, limit = len(keys), self.max_positions
-        chunk = chunk if limit is None else min(chunk, max(limit // 2, 1))
-        state, used, room, parts = None, 0, 0, []
+        rows, limit = len(keys), self.max_positions or math.inf
+        state, used, room, drawn = None, 0, 0, []
         for made in range(0, length, chunk):
-            if state is None or (limit is not None and used + chunk > limit):
-                if parts:
-                    new = np.concatenate(parts, axis=1)
-                    texts = [np.concatenate([prompts[p], new[row % rows]]) for row, p in enumerate(origin)]
-                    copies = np.arange(len(texts))
-                kept = texts
-                if limit is not None and max(map(len, texts)) + chunk > limit:
-                    kept = [text[-max(limit // 2, 1) :] for text in texts]
-                used = max(map(len, kept))
-                room = bucket(bucket(used) + chunk)
-                carry, logits = self._prefill(params, *pad(kept), copies, capacity=room)
-                if state is None:
-                    state = begin(carry, logits, texts, copies[:rows], chain, bucket(used + length))
-                else:
-                    state = state.replace(carry=carry, logits=logits)
-            used += chunk
-            if used > room:  # a step reads all the room that there is, so there is little at first
-                room = bucket(used)
-                state = state.replace(carry=self._grow(state.carry, capacity=room))
-            state, generated = self._decode(params, state, keys, chain, guidance, steps=chunk)
-            if limit is not None:
-                parts.append(np.asarray(generated.tokens, np.int32))
-            yield jax.tree.map(lambda leaf, left=length - made: np.asarray(leaf)[:, :left], generated)
+            parts, lacking = [], chunk
+            while lacking:
+                if state is None or used > limit:
+                    if drawn:
+                        new = np.concatenate(drawn, axis=1)
+                        texts = [np.concatenate([prompts[p], new[row % rows]]) for row, p in enumerate(origin)]
+                        copies = np.arange(len(texts))
+                    kept = [text[window_start(len(text), limit) :] for text in texts]
+                    used = max(map(len, kept))
+                    room = min(bucket(bucket(used) + chunk), limit)
+                    carry, logits = self._prefill(params, *pad(kept), copies, capacity=room)
+                    if state is None:
+                        longest = max(map(len, texts)) + length
+                        state = begin(carry, logits, texts, copies[:rows], chain, bucket(longest))
+                    else:
+                        state = state.replace(carry=carry, logits=logits)
+                # With `limit` tokens read one more can be drawn. Few lengths, few compilations.
+                steps = int(min(lacking, limit + 1 - used))
+                steps = steps if steps == chunk else 1 << (steps.bit_length() - 1)
+                used += steps
+                if min(used, limit) > room:  # a step reads all the room that there is, so there is little at first
+                    room = min(bucket(used), limit)
+                    state = state.replace(carry=self._grow(state.carry, capacity=room))
+                state, generated = self._decode(params, state, keys, chain, guidance, steps=steps)
+                parts.append(jax.tree.map(np.asarray, generated))
+                lacking -= steps
+                if limit < math.inf:
+                    drawn.append(np.asarray(generated.tokens, np.int32))
+            yield jax.tree.map(lambda *some, left=length - made: np.concatenate(some, axis=1)[:, :left], *parts)
 
     def __call__(
         self, params: Any, prompts: Sequence[Integer[np.ndarray, "_"]], keys: Any, chain: Chain, **options: Any
@@ -238,6 +243,17 @@ def groups(rows: int) -> int:
     """In how many equal parts rows are decoded side by side: one for each worker, of 4 rows or more."""
     most = max(min(workers(), rows // 4), 1)
     return max(n for n in range(1, most + 1) if rows % n == 0)
+
+
+def window_start(tokens: int, limit: int | float) -> int:
+    """Where the window begins that predicts the token after so many: at 0 up to the limit, then half of it on.
+
+    It depends on a row's own length alone, so that the row does not depend on others.
+    """
+    if tokens <= limit:
+        return 0
+    stride = math.ceil(limit / 2)
+    return stride * math.ceil((tokens - limit) / stride)
 
 
 def pad(prompts: Sequence[Integer[np.ndarray, "_"]]) -> tuple[Any, Any]:
