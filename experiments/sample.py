@@ -35,7 +35,7 @@ _DECODER = flags.DEFINE_string(
 _SPECULATE = flags.DEFINE_string(
     "speculate", None, "Several tokens a call, exactly: the folder of a smaller run or n-gram that proposes, or heads."
 )
-_GAMMA = flags.DEFINE_integer("gamma", 4, "Tokens that --speculate proposes at a time.")
+_GAMMA = flags.DEFINE_integer("gamma", None, "Tokens that --speculate proposes at a time; else 4, or as many as heads.")
 _STREAM = flags.DEFINE_bool("stream", False, "Print the text as it is made.")
 _SHADE = flags.DEFINE_bool("shade", False, "Shade each token by its surprise, in a terminal with colours.")
 _JSON = flags.DEFINE_bool("json", False, "One JSON object for each sample, with its scores and the whole recipe.")

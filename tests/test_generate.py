@@ -1,6 +1,7 @@
 """Generation: independent of the batch, exact beyond the window, compiled once."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -235,7 +236,7 @@ def test_a_memory_holds_all_of_a_prompt_that_outruns_the_positions():
     chain = sampling.chain(sampling.no_repeat_ngram(2))
     made = generator(params, [prompt], generate.row_keys(0, 1), chain, length=20)
     text = [*prompt.tolist(), *made.tokens[0].tolist()]
-    pairs = list(zip(text, text[1:], strict=False))
+    pairs = list(itertools.pairwise(text))
     assert not any(pair in pairs[: i + len(prompt) - 1] for i, pair in enumerate(pairs[len(prompt) - 1 :]))
 
 

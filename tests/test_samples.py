@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from conftest import noisy_params, tiny
@@ -126,8 +127,27 @@ def test_a_draft_proposes_and_changes_no_greedy_text(lm):
     assert lm.samples("ab", length=20, temperature=0.0, draft=lm, gamma=4)[0].calls == 4  # all are kept
     ahead = text_model(lm.tokenizer, **{"model.predict_ahead": 2})
     options = {"length": 20, "num_samples": 3, "stop": "cd", "seed": 1}
-    for sample in ahead.samples("ab", draft="heads", gamma=2, **options):
+    for sample in ahead.samples("ab", draft="heads", **options):
+        assert sample.recipe["gamma"] == 2
         assert_made_again(ahead, sample)
+
+
+def test_one_transformation_is_a_chain_too(lm):
+    (made,) = lm.samples("ab", length=9, sampler=sampling.top_k(2))
+    assert made.recipe["sampler"] == "top_k(2)"
+    with pytest.raises(UserError, match="generate makes one text, and these settings make 2"):
+        lm.generate("ab", num_samples=2)
+
+
+def test_a_text_that_learned_positions_hold_is_scored_as_one(lm):
+    text = "abcdé" * 3
+    learned = text_model(
+        lm.tokenizer,
+        **{"model.backbone": "transformer", "model.transformer.positions": "learned", "model.context": 16},
+    )
+    logits, _ = learned.model.apply({"params": learned.params}, lm.tokenizer.encode(text)[None])
+    told = jax.nn.log_softmax(logits[0, :-1])[np.arange(14), lm.tokenizer.encode(text)[1:]]
+    np.testing.assert_allclose(learned.score(text), told, atol=1e-4)
 
 
 def test_what_the_plain_settings_stand_for():
@@ -159,6 +179,22 @@ def test_what_the_plain_settings_stand_for():
         ({"draft": "tails"}, "A draft is 'heads' or a loaded model, got 'tails'"),
         ({"draft": "heads", "guidance": 2.0, "second_prompt": "a"}, "leave guidance out"),
         ({"num_samples": 0}, "num_samples must be 1 or more"),
+        ({"temprature": 0.0}, "no option 'temprature' here. Did you mean 'temperature'"),
+        ({"decoder": "beam(2)", "second_prompt": "a"}, "guidance and second_prompt go together"),
+        ({"guidance": float("nan"), "second_prompt": "a"}, "guidance must be one finite number, got nan"),
+        ({"gamma": 0}, "gamma says how many tokens a draft proposes"),
+        ({"temperature": [0.5, 0.7], "num_samples": 3}, "temperature has 2 settings, and there are 3 rows"),
+        ({"temperature": [0.5, 0.7]}, "temperature has 2 settings, and there is 1 row"),
+        ({"sampler": "temperature([[0.5, 0.7]])", "num_samples": 2}, "temperature"),
+        ({"decoder": "beam(2)", "temperature": [0.5, 0.7]}, "there is 1 row"),
+        ({"decoder": "best_of(3, 2)"}, "best_of"),
+        ({"sampler": "temperature('b')"}, "temperature"),
+        ({"sampler": "temperature(1) for x in y"}, "A sampler is written like"),
+        ({"sampler": "temperature(1)][0"}, "A sampler is written like"),
+        ({"sampler": "banned(4294967296)"}, "takes token ids"),
+        ({"temperature": 1e39}, "temperature must be 0 or more"),
+        ({"top_k": 10**400}, "top_k must be a whole number"),
+        ({"seed": -1}, "seed must lie in"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(lm, options, message):
@@ -168,7 +204,16 @@ def test_what_is_wrong_with_a_request_is_said(lm, options, message):
 
 def test_records_that_are_none_are_refused(lm):
     record = lm.samples("ab", length=3)[0].record()
-    with pytest.raises(UserError, match="The record lacks recipe"):
-        lm.replay({"prompt": "a"})
+    for broken in ({"prompt": "a"}, record | {"recipe": None}):
+        with pytest.raises(UserError, match="The record lacks length, sample, sampler, seed, step"):
+            lm.replay(broken)
+    with pytest.raises(UserError, match="The record has settings that there are not: heat"):
+        lm.replay(record | {"recipe": record["recipe"] | {"heat": 8}})
+    (chosen,) = lm.samples("ab", length=3, decoder="beam(1)")
+    with pytest.raises(UserError, match="gives no text of number 3"):
+        lm.replay(chosen.record() | {"recipe": chosen.recipe | {"sample": 3}})
+    (drafted,) = lm.samples("ab", length=3, draft=lm)
+    with pytest.raises(UserError, match="The draft was in no folder"):
+        lm.replay(drafted.record())
     with pytest.raises(UserError, match="made at step 8, and these parameters are of step 7"):
         lm.replay(record | {"recipe": record["recipe"] | {"step": 8}})

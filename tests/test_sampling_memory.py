@@ -269,7 +269,7 @@ def test_chains_read_back_what_they_write():
         ("logit_bias(3)", "arguments that logit_bias does not take"),
         ("logit_bias([1, 2], 3)", "as many biases as tokens"),
         ("mirostatt(3)", "Unknown sampler 'mirostatt'. Did you mean 'mirostat'"),
-        ("temperature('hot')", "A token is wanted"),
+        ("temperature('hot')", "temperature"),
     ],
 )
 def test_what_is_wrong_with_a_chain_is_said(text, message):

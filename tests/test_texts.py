@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers as hf
 from conftest import TEXT, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -160,8 +161,26 @@ def test_streaming_never_breaks_a_character(kind):
     pieces = [decoder([i]) for i in tokenizer.encode(text)] + [decoder([], last=True)]
     assert "".join(pieces) == text
     assert not any("�" in piece for piece in pieces)
-    broken = tokenizers.StreamDecoder(fitted("bytes"))
-    assert broken([0xE6, 0xBC]) + broken([], last=True) == "�"
+
+
+@given(some=st.lists(st.sampled_from([0x41, 0x80, 0xE6, 0xBC, 0xF0, 0x9F, 0x98, 0x80, 0xC3]), max_size=12))
+def test_bytes_that_are_no_text_stream_as_they_are_decoded(some):
+    tokenizer = fitted("bytes")
+    decoder = tokenizers.StreamDecoder(tokenizer)
+    assert "".join(decoder([i]) for i in some) + decoder([], last=True) == tokenizer.decode(some)
+
+
+@pytest.mark.parametrize("kind", ["Metaspace", "WordPiece"])
+def test_streaming_keeps_the_spaces_that_a_tokenizer_puts_between_tokens(kind):
+    words = ["the", "river", "went", "by"]
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", *words, *("▁" + word for word in words)])}
+    library = hf.Tokenizer(hf.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    library.decoder = getattr(hf.decoders, kind)()
+    tokenizer = tokenizers.LibraryTokenizer("file", library)
+    for ids in ([1, 2, 3, 4], [5, 6, 7, 8], [5, 2, 7]):
+        decoder = tokenizers.StreamDecoder(tokenizer)
+        assert "".join(decoder([i]) for i in ids) + decoder([], last=True) == tokenizer.decode(ids)
+        assert "river" in tokenizers.pieces(tokenizer, ids)[1]
 
 
 # --- data

@@ -272,9 +272,10 @@ def best_of(n: int, judge: Callable[..., Any] | None = None) -> Decoder:
         the mean log-probability per token under the model.
 
     Raises:
-      UserError: n below 1.
+      UserError: n below 1, or a judge that is no function.
     """
     _check_width("best_of", n)
+    require(judge is None or callable(judge), f"The judge of best_of is a function, and not {judge!r}.")
     return Decoder((), "best_of", n, 1, True, _nothing, _sample, _rank_likely, judge)
 
 

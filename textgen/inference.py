@@ -1,9 +1,10 @@
 """A trained model in use: load it, generate, stream, score, evaluate."""
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from textgen import data, decoders, evaluate, models, sampling, tokenizers
 from textgen.config import Config, UserError, require
 from textgen.decoding import Decoding
 from textgen.generate import Generated, Generator, row_keys
-from textgen.samples import Ending, Sample, check_stops, make_chain
+from textgen.samples import Ending, Sample, Sampler, check_guidance, check_rows, check_stops, make_chain, recipe_of
 from textgen.speculative import Speculated, Speculator, speculator
 
 
@@ -51,11 +52,13 @@ class TextModel:
         self._evaluators: dict[Any, evaluate.Evaluator] = {}
 
     def generate(self, prompt: str, **options: Any) -> str:
-        """The prompt and what follows it; the options are those of `samples`.
+        """The prompt and what follows it; the options are those of `samples`, which makes several.
 
         >>> textgen.load("runs/lstm").generate("ROMEO:", length=200, temperature=0.8)
         """
-        (sample,) = self.samples(prompt, **options)
+        made = self.samples(prompt, **options)
+        require(len(made) == 1, f"generate makes one text, and these settings make {len(made)}: call samples instead.")
+        (sample,) = made
         return sample.prompt + sample.text
 
     def samples(
@@ -72,8 +75,8 @@ class TextModel:
         second_prompt: str | None = None,
         decoder: str | None = None,
         draft: "TextModel | str | None" = None,
-        gamma: int = 4,
-        sampler: sampling.Chain | str | None = None,
+        gamma: int | None = None,
+        sampler: Sampler | None = None,
         **plain: Any,
     ) -> list[Sample]:
         """`num_samples` continuations of each prompt, prompt by prompt.
@@ -91,6 +94,7 @@ class TextModel:
             "arithmetic(8)", "best_of(8)"; a stop text is then one token.
           draft: a smaller model or n-gram with the same tokenizer, or "heads": proposes `gamma` tokens
             for each call of this one. The distribution stays this model's, exactly.
+          gamma: None: 4, or as many as there are heads.
           sampler: a chain, or its text; instead of the plain settings.
           **plain: repetition_penalty, temperature, top_k, top_p, min_p, typical, applied in this
             order; without any, temperature 1. A sequence gives each row its own.
@@ -100,6 +104,9 @@ class TextModel:
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         chain = self.chain(sampler, **plain)
+        check_rows(chain, len(texts) * (num_samples if decoder is None else 1))
+        check_guidance(guidance, second_prompt)
+        require(gamma is None or draft is not None, "gamma says how many tokens a draft proposes: give one.")
         stops = check_stops(stop, min_length, length, self.tokenizer)
         recipe = {"step": self.step, "seed": seed, "length": length, "min_length": min_length, "stop": list(stops)}
         recipe |= {"guidance": guidance, "second_prompt": second_prompt}
@@ -114,9 +121,12 @@ class TextModel:
             parts = self._parts(texts, numbers, seed, chain, guidance, second_prompt, length=length)
         else:
             require(guidance is None, "A draft speculates on one prompt: leave guidance out.")
+            gamma = (self.config.model.predict_ahead if draft == "heads" else 4) if gamma is None else gamma
             speculated = self._speculated(texts, numbers, seed, chain, draft, gamma, length)
             parts, calls = [speculated.generated], speculated.calls
-            recipe |= {"draft": draft if isinstance(draft, str) else draft.source, "gamma": gamma}
+            recipe |= {"draft": draft, "gamma": gamma}
+            if isinstance(draft, TextModel):
+                recipe |= {"draft": draft.source, "draft_step": draft.step}
         endings = [Ending(self.tokenizer, stops, min_length) for _ in range(len(texts) * num_samples)]
         made = []
         for part in parts:
@@ -195,7 +205,6 @@ class TextModel:
         **options: Any,
     ) -> Iterator[Generated]:
         """Samples of the given numbers as they are made."""
-        require((guidance is None) == (second_prompt is None), "guidance and second_prompt go together: give both.")
         return self._generator.stream(
             self.params,
             [self.encode_prompt(t) for t in texts],
@@ -216,19 +225,20 @@ class TextModel:
         Raises:
           UserError: a record that lacks a setting, or one of another checkpoint.
         """
-        missing = {"prompt", "recipe"} - set(record)
-        require(not missing, f"The record lacks {', '.join(sorted(missing))}: it is none of a sample.")
-        options = dict(record["recipe"])
-        step, sample = options.pop("step"), options.pop("sample")
+        options = recipe_of(record, inspect.signature(self.samples).parameters)
+        step, sample, source = options.pop("step"), options.pop("sample"), options.pop("draft_step", None)
         require(step == self.step, f"The sample was made at step {step}, and these parameters are of step {self.step}.")
         if "decoder" in options:
-            return self.samples(record["prompt"], **options)[sample]
-        if options.get("draft") not in (None, "heads"):
-            options["draft"] = load(options["draft"])
+            chosen = {made.recipe["sample"]: made for made in self.samples(record["prompt"], **options)}
+            require(sample in chosen, f"The decoder gives no text of number {sample} here.")
+            return chosen[sample]
+        if options.get("gamma") is not None and options.get("draft") != "heads":
+            require(options.get("draft") is not None, "The draft was in no folder: the sample cannot be made again.")
+            options["draft"] = load(options["draft"], checkpoint="latest" if source is None else source)
         (made,) = self.samples(record["prompt"], first_sample=sample, **options)
         return made
 
-    def chain(self, sampler: sampling.Chain | str | None = None, **plain: Any) -> sampling.Chain:
+    def chain(self, sampler: Sampler | None = None, **plain: Any) -> sampling.Chain:
         """The chain that a sampler's text or plain settings describe, checked against the vocabulary."""
         chain = make_chain(sampler, self.tokenizer.encode, **plain)
         sampling.check_vocabulary(chain, self.tokenizer.vocab_size)
@@ -245,12 +255,15 @@ class TextModel:
         chunk: int = 10,
         guidance: float | None = None,
         second_prompt: str | None = None,
-        sampler: sampling.Chain | str | None = None,
+        sampler: Sampler | None = None,
         **plain: Any,
     ) -> Iterator[str]:
         """Yields the text as it is made, whole characters only; options as in `samples`."""
+        require(chunk >= 1, f"chunk must be 1 or more, got {chunk}.")
         ending = Ending(self.tokenizer, check_stops(stop, min_length, length, self.tokenizer), min_length)
         chain = self.chain(sampler, **plain)
+        check_rows(chain, 1)
+        check_guidance(guidance, second_prompt)
         made = self._parts([prompt], range(1), seed, chain, guidance, second_prompt, length=length, chunk=chunk)
         for part in made:
             ending.add(part.tokens[0])
@@ -262,18 +275,22 @@ class TextModel:
 
     def print_stream(self, prompt: str, **options: Any) -> None:
         """Prints the prompt and the text as it is made; options as in `stream`."""
-        print(prompt, end="", flush=True)
+        written = prompt  # after the first piece is there: what is wrong with the settings shows by then
         for piece in self.stream(prompt, **options):
-            print(piece, end="", flush=True)
-        print()
+            print(written + piece, end="", flush=True)
+            written = ""
+        print(written)
 
     def score(self, text: str) -> Float[np.ndarray, "M"]:
         """Log-probability in nats of each token of a text after the first, given all that came before.
 
+        Where learned positions end before the text does, it is read in windows of eval.window.
+
         Raises:
           UserError: fewer than two tokens, or a character that the vocabulary lacks.
         """
-        return -self.nats(self.tokenizer.encode(text), stream=self.model.max_positions is None)
+        tokens, limit = self.tokenizer.encode(text), self.model.max_positions
+        return -self.nats(tokens, stream=limit is None or len(tokens) - 1 <= limit)
 
     def nats(self, tokens: data.Tokens, *, stream: bool) -> Float[np.ndarray, "M"]:
         """-ln p of each token after the first: as one stream, or in windows of eval.window."""
@@ -307,7 +324,7 @@ class TextModel:
     @staticmethod
     def _keys(seed: int, prompts: int, numbers: range | None) -> Any:
         """Every prompt gets the same keys, so that its samples do not depend on its neighbours."""
-        require(0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}.")
+        require(isinstance(seed, SupportsIndex) and 0 <= seed < 2**32, f"seed must lie in [0, 2^32), got {seed}.")
         if numbers is None:
             return jnp.tile(jax.random.key(seed)[None], prompts)
         require(len(numbers) >= 1, f"num_samples must be 1 or more, got {len(numbers)}.")
@@ -358,7 +375,8 @@ def replay_file(path: str | Path, *, workdir: str | Path | None = None) -> None:
     """
     require(Path(path).is_file(), f"There is no file '{path}'.")
     models_: dict[Any, TextModel] = {}
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    require(bool(lines), f"'{path}' is empty: it takes the lines of --json.")
     different = []
     for number, line in enumerate(lines, 1):
         try:

@@ -1,14 +1,14 @@
 """Generated texts: what is kept of them, where they stop, and the recipe that makes them again."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Float, Integer
 
 from textgen import sampling
-from textgen.config import require
+from textgen.config import UserError, did_you_mean, require
 from textgen.tokenizers import StreamDecoder, Tokenizer
 
 
@@ -108,6 +108,7 @@ def check_stops(stops: str | Sequence[str], min_length: int, length: int, tokeni
     Raises:
       UserError: an empty one, one that the tokenizer cannot encode, or min_length outside 0 ... length.
     """
+    require(length >= 1, f"length must be 1 or more, got {length}.")
     stops = (stops,) if isinstance(stops, str) else tuple(stops)
     for stop in stops:
         require(stop != "", "A stop text is empty: it would end every text before it begins.")
@@ -119,20 +120,58 @@ def check_stops(stops: str | Sequence[str], min_length: int, length: int, tokeni
     return stops
 
 
+def recipe_of(record: Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The recipe in a record of `Sample.record()`.
+
+    Raises:
+      UserError: it lacks a setting, or has one that is neither known nor of the sample itself.
+    """
+    recipe = dict(record.get("recipe") or {})
+    missing = {"prompt", "step", "seed", "sampler", "sample", "length"} - {*record, *recipe}
+    require(not missing, f"The record lacks {', '.join(sorted(missing))}: it is none of a sample.")
+    unknown = sorted(set(recipe) - {"step", "sample", "draft_step", *known})
+    require(not unknown, f"The record has settings that there are not: {', '.join(unknown)}.")
+    return recipe
+
+
+def check_guidance(guidance: Any, second_prompt: str | None) -> None:
+    """Raises UserError where one is given without the other, or the guidance is not one finite number."""
+    require((guidance is None) == (second_prompt is None), "guidance and second_prompt go together: give both.")
+    good = guidance is None or (isinstance(guidance, int | float) and np.isfinite(guidance))
+    require(good, f"guidance must be one finite number, got {guidance!r}.")
+
+
+def check_rows(chain: sampling.Chain, rows: int) -> None:
+    """Raises UserError where a transformation has settings for another number of rows."""
+    for transform in chain.transforms:
+        for n in map(np.shape, transform.numbers):
+            given = n[0] if n else rows
+            require(
+                len(n) != 1 or given == rows,
+                f"{transform.name} has {given} settings, and there {'is 1 row' if rows == 1 else f'are {rows} rows'}: "
+                "give one setting, or one for each row.",
+            )
+
+
+Sampler = sampling.Chain | sampling.Transform | str  # a chain, one transformation, or a text that names some
 PLAIN = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical")
 
 
-def make_chain(sampler: sampling.Chain | str | None = None, encode: Any = None, **plain: Any) -> sampling.Chain:
+def make_chain(sampler: Sampler | None = None, encode: Any = None, **plain: Any) -> sampling.Chain:
     """The chain that plain settings stand for: those of PLAIN that are not None, in its order.
 
     Without any the temperature is 1. `encode` is the tokenizer's, for samplers that name tokens.
 
     Raises:
-      UserError: an impossible setting, or a sampler and plain settings at once.
+      UserError: an impossible or unknown setting, or a sampler and plain settings at once.
     """
+    for name in set(plain) - set(PLAIN):
+        raise UserError(f"There is no option '{name}' here.{did_you_mean(name, PLAIN)}")
     given = {name: plain[name] for name in PLAIN if plain.get(name) is not None}
     if sampler is not None:
         require(not given, f"Give either a sampler or {', '.join(given)}: their order would be a guess.")
+        if isinstance(sampler, sampling.Transform):
+            return sampling.chain(sampler)
         return sampling.parse(sampler, encode) if isinstance(sampler, str) else sampler
     if not given:
         given = {"temperature": 1.0}

@@ -178,6 +178,7 @@ class StreamDecoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._before: list[int] = []  # the last ids that were given out: some tokenizers put spaces between tokens
         self._pending: list[int] = []
 
     def __call__(self, ids: Iterable[SupportsIndex], *, last: bool = False) -> str:
@@ -185,13 +186,30 @@ class StreamDecoder:
         text = ""
         for i in ids:
             self._pending.append(int(i))
-            piece = self._tokenizer.decode(self._pending)
-            # A character of UTF-8 has at most four bytes: what is still broken then stays so.
-            if not piece.endswith("�") or len(self._pending) >= 4:
-                text, self._pending = text + piece, []
-        if last and self._pending:
-            text, self._pending = text + self._tokenizer.decode(self._pending), []
+            text += self._give(len(self._pending) - self._broken())
+        return text + (self._give(len(self._pending)) if last else "")
+
+    def _broken(self) -> int:
+        """How many of the last ids may be the beginning of a character: of UTF-8's up to four bytes."""
+        whole = self._text(self._pending)
+        if not whole.endswith("�"):
+            return 0
+        for count in range(min(len(self._pending), 3), 0, -1):
+            head, tail = self._pending[:-count], self._pending[-count:]
+            if self._tokenizer.decode(tail) == "�" and (not head or self._text(head) + "�" == whole):
+                return count
+        return 0
+
+    def _give(self, count: int) -> str:
+        given, self._pending = self._pending[:count], self._pending[count:]
+        text = self._text(given)
+        self._before = given or self._before
         return text
+
+    def _text(self, ids: list[int]) -> str:
+        """Of ids that follow those given out."""
+        before, whole = self._tokenizer.decode(self._before), self._tokenizer.decode(self._before + ids)
+        return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[SupportsIndex]) -> list[str]:

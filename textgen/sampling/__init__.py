@@ -62,6 +62,7 @@ __all__ = [
     "parse_calls", "reweight_distribution", *TRANSFORMS,
 ]  # fmt: skip
 
+TAKE_TOKENS = ("logit_bias", "banned", "allowed", "dry")
 Encode = Callable[[str], Any]
 
 
@@ -86,11 +87,13 @@ def parse_calls(
       UserError: what is no such call, an unknown name, or arguments that the function does not take.
     """
     try:
-        calls = ast.parse(f"[{text}]", mode="eval").body.elts  # type: ignore[attr-defined]
+        calls = ast.parse(f"[{text}]", mode="eval").body
     except SyntaxError:
-        raise UserError(f"A {what} is written like '{example}', got '{text}'.") from None
+        calls = None
+    if not isinstance(calls, ast.List):
+        raise UserError(f"A {what} is written like '{example}', got '{text}'.")
     made = []
-    for call in calls:
+    for call in calls.elts:
         require(
             isinstance(call, ast.Call) and isinstance(call.func, ast.Name),
             f"A {what} is written like '{example}', got '{ast.unparse(call)}'.",
@@ -98,7 +101,7 @@ def parse_calls(
         name = call.func.id
         require(name in table, f"Unknown {what} '{name}'.{did_you_mean(name, table)}")
         try:
-            value = lambda node: _encoded(ast.literal_eval(node), encode)
+            value = lambda node: _encoded(ast.literal_eval(node), encode if name in TAKE_TOKENS else None)  # noqa: B023
             made.append(table[name](*map(value, call.args), **{str(k.arg): value(k.value) for k in call.keywords}))
         except UserError:
             raise

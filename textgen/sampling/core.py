@@ -126,7 +126,8 @@ def token_ids(name: str, ids: Any) -> Integer[np.ndarray, "1 N"]:
         array = np.atleast_1d(np.asarray(ids))
     except ValueError:
         array = np.zeros(0)
-    if array.size == 0 or array.ndim != 1 or array.dtype.kind not in "iu" or array.min() < 0:
+    good = array.size > 0 and array.ndim == 1 and array.dtype.kind in "iu"
+    if not good or array.min() < 0 or array.max() >= 2**31:
         raise UserError(f"{name} takes token ids, or texts of one token each, got {ids!r}.")
     return array.astype(np.int32)[None]
 
@@ -144,9 +145,12 @@ def check(name: str, value: Any, good: Callable[[np.ndarray], Any], wanted: str)
     """Raises UserError where a number, or one row's, is not as wanted."""
     try:
         array = np.asarray(value, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} must {wanted}, got {value!r}.") from None
-    require(np.all(good(array)), f"{name} must {wanted}, got {written(array)}.")
+    require(array.ndim <= 1, f"{name} takes one number, or a list with one for each row, got {value!r}.")
+    with np.errstate(over="ignore"):
+        used = array.astype(np.float32)  # what it is computed with
+    require(np.all(good(array)) and np.all(good(used)), f"{name} must {wanted}, got {written(array)}.")
 
 
 def column(number: Any) -> Float[Array, "B 1"]:
