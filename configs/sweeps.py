@@ -43,6 +43,28 @@ def parse(text: str) -> Arms:
     return product(settings)
 
 
+def from_text(config: ConfigDict, text: str) -> ConfigDict:
+    """The config with the arms that a flag describes; what it says of `compare.` are settings, of one value each.
+
+    Raises:
+      UserError: what is no sweep, a key that there is not, or several values of a setting.
+    """
+    parts = text.split()
+    config = compare(config, parse(" ".join(part for part in parts if not part.startswith("compare."))))
+    known = flatten(config.compare.to_dict(), "compare.")
+    for part in parts:
+        key, _, value = part.partition("=")
+        if part.startswith("compare."):
+            require(key in known, f"The sweep: unknown config key '{key}'.{did_you_mean(key, known)}")
+            value = _value(value)
+            whole = isinstance(known[key], float) and isinstance(value, int)
+            try:
+                config.update_from_flattened_dict({key: float(value) if whole else value})
+            except TypeError:
+                require(False, f"The sweep: {key} is {known[key]!r} by default, and takes no {value!r}.")
+    return config
+
+
 def compare(config: ConfigDict, arms: Arms) -> ConfigDict:
     """The config with a section `compare`; a section that is there keeps all but its arms.
 

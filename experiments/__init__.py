@@ -1,6 +1,7 @@
 """Thin mains: flags, then one call. `launch` is the border where a user's mistake becomes one line."""
 
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -30,9 +31,9 @@ def launch(main: Callable[[], Any]) -> None:
         except (AttributeError, KeyError) as error:  # how a ConfigDict says that it has no such key
             text = str(error.args[0] if error.args else error).replace("\\n", " ")
             near = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text)
-            _refuse(
-                f"Unknown config key '{near[1]}'. Did you mean '{near[2]}'?" if near else f"Unknown config key {text}"
-            )
+            if near:
+                _refuse(f"Unknown config key '{near[1]}'. Did you mean '{near[2]}'?")
+            _refuse(_unknown_key(text.strip("'\"")))
         except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
             missing = re.search(r"Flag (--\w+) must have a value", str(error))
             _refuse(f"Give {missing[1]}=...: it is required, and --help says what it is." if missing else error)
@@ -42,23 +43,39 @@ def launch(main: Callable[[], Any]) -> None:
 
     def guarded(argv: list[str]) -> None:
         del argv
-        from textgen.config import UserError
-        from textgen.train import Interrupted
-
         try:
             main()
-        except UserError as error:
-            _refuse(error)
-        except Interrupted as stop:
-            print(f"{str(stop).capitalize()}; everything so far is saved. To go on, run the same command again:")
-            print("  " + command())
-            sys.exit(130)
-        except KeyboardInterrupt:
-            sys.exit(130)
-        except OSError as error:  # a disk that is full, a folder that is not ours
-            _refuse(error)
+        except BrokenPipeError:  # whoever read what is printed has left
+            os._exit(141)
+        except Exception as error:
+            from textgen.config import UserError
+            from textgen.train import Interrupted
 
-    app.run(guarded, flags_parser=parse)
+            if isinstance(error, Interrupted):
+                print(f"{str(error).capitalize()}; everything so far is saved. To go on, run the same command again:")
+                print("  " + command())
+                sys.exit(130)
+            if isinstance(error, UserError | OSError):  # a disk that is full, a folder that is not ours
+                _refuse(error)
+            raise
+
+    try:
+        app.run(guarded, flags_parser=parse)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # the device may be computing still: an orderly exit would pull its memory away
+
+
+def _unknown_key(text: str) -> str:
+    """What to say of a key that the config lacks: where there is one of that name."""
+    from configs import base
+    from textgen.config import flatten
+
+    if text == "compare":
+        return "This config has no section 'compare': write its keys in the sweep, --sweep=\"compare.seeds=5 ...\"."
+    there = [key for key in flatten(base.get_config().to_dict()) if key.endswith("." + text)]
+    return f"Unknown config key '{text}'." + (f" Did you mean {' or '.join(there)}?" if there else "")
 
 
 def command() -> str:

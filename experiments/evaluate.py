@@ -6,7 +6,9 @@ from experiments import launch
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "latest", "latest, best, or a step.")
-_SPLIT = flags.DEFINE_enum("split", "validation", ["train", "validation", "test"], "Which part of the run's corpus.")
+_SPLIT = flags.DEFINE_enum(
+    "split", None, ["train", "validation", "test"], "Which part of the run's corpus; validation if not given."
+)
 _TEXT = flags.DEFINE_string("text", None, "A UTF-8 file to evaluate on instead.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 flags.mark_flag_as_required("workdir")
@@ -14,10 +16,12 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
     from textgen import assess, inference, run
+    from textgen.config import require
 
     run.use_compilation_cache()
+    require(not (_SPLIT.value and _TEXT.value), "--text is instead of a part of the run's corpus: leave out --split.")
     lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
-    reports = assess.evaluate_model(lm, split=_SPLIT.value, text=_TEXT.value)
+    reports = assess.evaluate_model(lm, split=_SPLIT.value or "validation", text=_TEXT.value)
     print(assess.reports_as_json(reports) if _JSON.value else assess.reports_as_text(reports))
 
 

@@ -15,7 +15,8 @@ def main() -> None:
 
     run.use_compilation_cache()
     parallel.use_cores()
-    report = probes.Probes(probes.cells_from(_CONFIG.value), _WORKDIR.value).run()
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    report = probes.Probes(probes.cells_from(_CONFIG.value, given), _WORKDIR.value).run()
     logs.console.print(report, markup=False)
 
 

@@ -21,6 +21,13 @@ def source(flat=None, compare=None, arm_overrides=None):
     return config
 
 
+def test_a_sweep_has_settings_of_the_comparison_too():
+    config = sweeps.from_text(base.get_config(), "compare.seeds=5 model.width=8,16 compare.learning_rates=1e-3,3e-3")
+    assert config.compare.seeds == 5
+    assert config.compare.learning_rates == (1e-3, 3e-3)
+    assert sorted(config.compare.arms) == ["width=16", "width=8"]
+
+
 def test_a_sweep_is_the_product_of_its_values():
     found = sweeps.parse("optimizer.learning_rate=1e-3,3e-3 model.backbone=lstm,transformer")
     assert list(found.values()) == [

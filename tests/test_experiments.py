@@ -137,6 +137,19 @@ def test_train_interrupt_resume_sample_evaluate(folder, call):
         ("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'"),
         ("compare", ["--sweep=model.widht=4,8"], "unknown config key 'model.widht'. Did you mean 'model.width'?"),
         ("compare", [], "The config has no section 'compare'"),
+        ("compare", ["--config.compare.seeds=2"], "write its keys in the sweep"),
+        ("compare", ["--sweep=model.width=4,8 compare.sedes=2"], "Did you mean 'compare.seeds'?"),
+        ("compare", ["--sweep=model.width=4,8 compare.seeds=two"], "compare.seeds is 3 by default, and takes no 'two'"),
+        ("train", ["--config.width=64"], "Unknown config key 'width'. Did you mean model.width?"),
+        ("train", ["--config.optimizer.momentum=0.5"], "is read with optimizer.name=muon or sgd, and it is adamw"),
+        ("train", ["--config.tokenizer.vocab_size=500"], "is read with tokenizer.kind=words or bpe"),
+        ("train", ["--config.corpus.path="], "corpus.path is empty"),
+        ("evaluate", ["--workdir=x", "--text=y", "--split=train"], "leave out --split"),
+        (
+            "probes",
+            ["--config=configs/probes.py:parity,copy", "--config.train.steps=5"],
+            "probes.tasks.parity.train.steps",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(folder, call, name, flags, message):

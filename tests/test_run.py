@@ -1,5 +1,6 @@
 """A run as its user meets it: launched, interrupted, resumed, damaged, read back."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -132,7 +133,7 @@ def test_evaluation_of_a_file(finished, tmp_path):
     report = assess.evaluate_model(lm, text=str(tmp_path / "a.txt"))["stream"]
     np.testing.assert_allclose(report.loss, -lm.score("The river went by the mill.").mean(), rtol=1e-5)
     assert json.loads(assess.reports_as_json({"stream": report}))["stream"]["tokens"] == 26
-    with pytest.raises(UserError, match="There is no file"):
+    with pytest.raises(UserError, match="--text takes a file"):
         assess.evaluate_model(lm, text=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has no test split"):
         assess.evaluate_model(lm, split="test")
@@ -234,6 +235,20 @@ def test_more_steps_may_be_asked_for_and_another_model_may_not(finished, tmp_pat
         run.Session(wider, tmp_path / "r")
 
 
+def test_fewer_steps_than_there_are_and_another_text_are_refused(finished, tmp_path, capsys):
+    settings = copied(finished, tmp_path / "r")
+    for steps, message in ((6, "has come to step 12, and train.steps is 6: give 12 or more"), (12, None), (13, None)):
+        other = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
+        with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+            run.Session(other, tmp_path / "r")
+    assert capsys.readouterr().err.count("the learning rate is that of the new schedule") == 1
+    checkpoints.save_digest(tmp_path / "r", "0" * 64)
+    with pytest.raises(UserError, match=r"The text is not the one that .* began with: its sha256 was 000000000000"):
+        run.Session(settings, tmp_path / "r")
+    with pytest.raises(UserError, match="The text is not the one"):
+        assess.evaluate_model(textgen.load(tmp_path / "r"))
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(finished, tmp_path):
     settings = copied(finished, tmp_path / "four", back_to=6)
@@ -277,7 +292,7 @@ def test_damaged_runs_are_named_and_left_as_they_are(finished, tmp_path):
     for file in (workdir / "checkpoints" / "12").rglob("*"):
         if file.is_file() and file.stat().st_size > 200:
             file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"checkpoint of step 12 .* is damaged, or not of this model"):
+    with pytest.raises(UserError, match=r"checkpoint of step 12 .* is damaged, or not of the model"):
         textgen.load(workdir)
     assert textgen.load(workdir, checkpoint=6).step == 6
     foreign = tmp_path / "foreign"
@@ -285,7 +300,7 @@ def test_damaged_runs_are_named_and_left_as_they_are(finished, tmp_path):
     saved = json.loads((foreign / "config.json").read_text())
     saved["model"]["width"] = 32
     (foreign / "config.json").write_text(json.dumps(saved))
-    with pytest.raises(UserError, match=r"is damaged, or not of this model"):
+    with pytest.raises(UserError, match=r"is damaged, or not of the model"):
         textgen.load(foreign)
     shutil.rmtree(foreign / "checkpoints")
     with pytest.raises(UserError, match="no checkpoints yet"):

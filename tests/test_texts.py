@@ -183,6 +183,13 @@ def test_streaming_keeps_the_spaces_that_a_tokenizer_puts_between_tokens(kind):
         assert "river" in tokenizers.pieces(tokenizer, ids)[1]
 
 
+def test_a_folder_is_read_without_what_is_hidden_in_it(tmp_path):
+    for name in ("a.txt", ".git/HEAD", "sub/.cache/x.txt", "sub/b.txt", ".hidden"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert "".join(corpora.open_corpus(corpus_config(tmp_path)).pieces()) == "a.txt\nsub/b.txt"
+
+
 # --- data
 
 

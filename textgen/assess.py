@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from textgen import corpora, data, evaluate
+from textgen import checkpoints, corpora, data, evaluate
 from textgen.config import require
 from textgen.inference import TextModel
 
@@ -30,9 +30,14 @@ def evaluate_model(lm: TextModel, *, split: str = "validation", text: str | None
       UserError: no such split or file, or text that the tokenizer cannot encode.
     """
     if text is not None:
-        require(Path(text).is_file(), f"There is no file '{text}'.")
-        return evaluate_both(lm, data.encode(corpora.read_file(Path(text)), lm.tokenizer))
-    part = getattr(data.load(lm.config, lm.tokenizer), split)
+        require(Path(text).is_file(), f"--text takes a file, and there is none '{text}'.")
+        encoded = data.encode(corpora.read_file(Path(text)), lm.tokenizer)
+        require(len(encoded.tokens) >= 2, f"'{text}' has fewer than two tokens: there is nothing to predict.")
+        return evaluate_both(lm, encoded)
+    dataset = data.load(lm.config, lm.tokenizer)
+    if lm.source is not None:
+        checkpoints.check_digest(Path(lm.source), dataset.corpus.size[2])
+    part = getattr(dataset, split)
     require(part is not None, f"The run has no {split} split: corpus.{split}_fraction was 0.")
     return evaluate_both(lm, part)
 

@@ -56,6 +56,22 @@ def save_setup(workdir: Path, config: Config, changes: Mapping[str, Any], tokeni
     write_json(workdir / "config.json", config_lib.to_dict(config))
 
 
+def save_digest(workdir: Path, digest: str) -> None:
+    """Keeps the sha256 of the text that a run or a comparison began with."""
+    write_json(workdir / "corpus.json", {"sha256": digest})
+
+
+def check_digest(workdir: Path, digest: str) -> None:
+    """Raises UserError where the text is not the one that it began with."""
+    if (workdir / "corpus.json").exists():
+        began = read_json(workdir / "corpus.json", "the digest of its text")["sha256"]
+        require(
+            began == digest,
+            f"The text is not the one that '{workdir}' began with: its sha256 was {began[:12]}, is {digest[:12]}. "
+            "Restore it, or give a new --workdir; a new text alone is what experiments.evaluate --text=FILE reads.",
+        )
+
+
 def load_config(workdir: Path) -> Config:
     """The config of a run. Raises UserError where there is none, or a damaged one."""
     require(workdir.is_dir(), f"There is no workdir '{workdir}'.")
@@ -173,8 +189,13 @@ class Checkpoints:
 
     def _damaged(self, step: int, error: Exception) -> UserError:
         return UserError(
-            f"The checkpoint of step {step} in '{self.folder}' is damaged, or not of this model "
-            f"({_first_line(error)}). Delete the folder '{self.folder / str(step)}' to go on from an earlier one."
+            f"The checkpoint of step {step} in '{self.folder}' is damaged, or not of the model that config.json "
+            f"describes ({_first_line(error)}). "
+            + (
+                f"Without the folder '{self.folder / str(step)}' the one of step {earlier[-1]} counts: move it away."
+                if (earlier := [s for s in self.steps() if s < step])
+                else "There is no earlier one."
+            )
         )
 
     def close(self) -> None:

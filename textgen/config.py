@@ -125,8 +125,21 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
     return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
 
 
+READ_WITH = {  # key -> (the key that decides whether it is read, with which of its values)
+    "optimizer.momentum": ("optimizer.name", ("muon", "sgd")),
+    "optimizer.newton_schulz_steps": ("optimizer.name", ("muon",)),
+    "optimizer.adam_learning_rate": ("optimizer.name", ("muon",)),
+    "optimizer.beta1": ("optimizer.name", ("adamw", "muon", "lion")),
+    "optimizer.beta2": ("optimizer.name", ("adamw", "muon", "lion")),
+    "optimizer.decay_fraction": ("optimizer.schedule", ("wsd",)),
+    "tokenizer.vocab_size": ("tokenizer.kind", ("words", "bpe")),
+    "tokenizer.path": ("tokenizer.kind", ("file",)),
+    "model.transformer.rope_base": ("model.transformer.positions", ("rope",)),
+}
+
+
 def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
-    """Refuses a flag that the chosen backbone would not read: no setting is skipped in silence."""
+    """Refuses a flag that nothing would read: no setting is skipped in silence."""
     for key in overrides:
         require(
             config.model.backbone != "ngram" or key.startswith(READ_BY_NGRAM),
@@ -137,6 +150,13 @@ def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
             group is None or group in config.model.groups,
             f"--config.{key} belongs to the {group}, and model.backbone is '{config.model.backbone}'.",
         )
+        if key in READ_WITH:
+            decides, values = READ_WITH[key]
+            chosen = flatten(to_dict(config))[decides]
+            require(
+                chosen in values,
+                f"--config.{key} is read with {decides}={' or '.join(values)}, and it is {chosen}: leave it out.",
+            )
 
 
 def check_resume(saved: Config, given: Config) -> None:

@@ -60,11 +60,13 @@ def open_corpus(config: CorpusConfig) -> Corpus:
         require(name in NAMED, f"Unknown corpus '{name}'.{did_you_mean(name, NAMED)}")
         text = NAMED[name]()
         return Corpus(name, lambda: (text[i : i + PIECE] for i in range(0, len(text), PIECE)))
+    require(config.path.strip(), "corpus.path is empty: name a file or a folder.")
     path = Path(config.path).expanduser()
     require(path.exists(), f"corpus.path: there is no file or folder '{path}'.")
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        hidden = lambda p: any(part.startswith(".") for part in p.relative_to(path).parts)
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not hidden(p))
         require(bool(files), f"corpus.path: the folder '{path}' holds no files.")
     require(any(f.stat().st_size for f in files), f"corpus.path: '{path}' is empty.")
     return Corpus(str(path), lambda: _read(files), tuple(files))

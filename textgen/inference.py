@@ -275,11 +275,11 @@ class TextModel:
 
     def print_stream(self, prompt: str, **options: Any) -> None:
         """Prints the prompt and the text as it is made; options as in `stream`."""
-        written = prompt  # after the first piece is there: what is wrong with the settings shows by then
+        given = prompt  # after the first piece is there: what is wrong with the settings shows by then
         for piece in self.stream(prompt, **options):
-            print(written + piece, end="", flush=True)
-            written = ""
-        print(written)
+            print(given + piece, end="", flush=True)
+            given = ""
+        print(given)
 
     def score(self, text: str) -> Float[np.ndarray, "M"]:
         """Log-probability in nats of each token of a text after the first, given all that came before.

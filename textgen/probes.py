@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -80,11 +80,14 @@ class Cell:
         return json.loads(json.dumps({"task": self.task, **shared, "config": config_lib.to_dict(self.config)}))
 
 
-def cells_from(source: Any) -> list[Cell]:
+def cells_from(source: Any, given: Iterable[str] = ()) -> list[Cell]:
     """The cells of a ConfigDict (or mapping) with a section `probes`, task by task.
 
     A Transformer's context holds the longest window that it is evaluated on, so that nothing is
     out of its sight; the distances beyond data.window are new to it.
+
+    Args:
+      given: keys that the user has set, which every task must read.
 
     Raises:
       UserError: no such section, a task or backbone or key that there is not, an impossible window.
@@ -92,6 +95,9 @@ def cells_from(source: Any) -> list[Cell]:
     source = dict(source) if isinstance(source, Mapping) else source.to_dict()
     require("probes" in source, "The config has no section 'probes': start from configs/probes.py.")
     probes = config_lib.build(source.pop("probes"), ProbesConfig, "probes.")
+    for task, changes in probes.tasks.items():
+        for key in sorted(set(given) & set(config_lib.flatten(changes))):
+            raise UserError(f"{task} has a {key} of its own: set probes.tasks.{task}.{key} instead.")
     base = config_lib.from_dict(source)
     cells = []
     for task, changes in probes.tasks.items():

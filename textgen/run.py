@@ -19,6 +19,7 @@ from textgen import assess, data, inference, logs, models, parallel, train
 from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
 from textgen.config import Config, UserError, require
+from textgen.errors import note
 from textgen.models import ngram
 
 
@@ -55,7 +56,9 @@ class Session:
         config_lib.check_overrides(config, self.overrides)
         self.resumed = (self.workdir / "config.json").exists()
         if self.resumed:
-            config_lib.check_resume(checkpoints_lib.load_config(self.workdir), config)
+            began = checkpoints_lib.load_config(self.workdir)
+            config_lib.check_resume(began, config)
+            self._check_steps(began)
         elif self.workdir.is_dir() and any(self.workdir.iterdir()):
             raise UserError(f"'{self.workdir}' is not empty and holds no run: give a new --workdir.")
         require(not self.workdir.exists() or self.workdir.is_dir(), f"The workdir '{self.workdir}' is a file.")
@@ -63,12 +66,28 @@ class Session:
         kept = checkpoints_lib.load_tokenizer(self.workdir) if self.resumed else None
         self.dataset = data.load(config, kept)
         model = models.build(config, self.dataset.tokenizer.vocab_size)
+        if self.resumed:
+            checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
         self._prepare(model)
         self.model = inference.TextModel(model, None, self.dataset.tokenizer, config, 0)
         try:
             self.model.encode_prompt(config.sample.prompt)
         except UserError as error:
             raise UserError(f"sample.prompt: {error}") from None
+
+    def _check_steps(self, began: Config) -> None:
+        """Refuses fewer steps than there are; says that other steps are another schedule."""
+        steps, old = self.config.train.steps, began.train.steps
+        checkpoints = checkpoints_lib.Checkpoints(self.workdir, read_only=True)
+        made = max(checkpoints.steps(), default=0)
+        checkpoints.close()
+        require(
+            made <= steps,
+            f"'{self.workdir}' has come to step {made}, and train.steps is {steps}: give {made} or more, or a new "
+            "--workdir.",
+        )
+        if made and steps != old and self.config.optimizer.schedule != "constant":
+            note(f"train.steps was {old} and is {steps}: from here on the learning rate is that of the new schedule.")
 
     def _prepare(self, model: models.Model) -> None:
         self.batches = data.Batches(self.dataset.train.tokens, self.config.data, self.config.seed)
@@ -112,6 +131,7 @@ class Session:
         config, trainer = self.config, self.trainer
         if not self.resumed:
             checkpoints_lib.save_setup(self.workdir, config, self.overrides, self.dataset.tokenizer)
+            checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
         else:
             checkpoints_lib.write_json(self.workdir / "config.json", config_lib.to_dict(config))
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, config.checkpoint.keep)
@@ -155,7 +175,8 @@ class Session:
                 (train.at(first + config.log.profile_steps), lambda *_: profile.close()),
             ]
         if start:
-            logs.console.print(f"resuming at step {start}")
+            done = start == config.train.steps
+            logs.console.print(f"finished before, at step {start}" if done else f"resuming at step {start}")
         try:
             with profile, logs.Display(config.train.steps, start) as display:
                 state = train.loop(
@@ -244,6 +265,7 @@ class CountingSession(Session):
     def run(self) -> dict[str, float]:
         """Evaluates what was counted, samples, saves, and returns the final metrics."""
         checkpoints_lib.save_setup(self.workdir, self.config, self.overrides, self.dataset.tokenizer)
+        checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, self.config.checkpoint.keep)
         writer = logs.Writer(self.workdir, 0)
         try:

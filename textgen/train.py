@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -248,6 +249,7 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
+        os.write(2, b"\nstopping at the next whole step; Ctrl-C again stops at once\n")
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     try:

@@ -45,6 +45,8 @@ class Session:
             plan = budget.solve(self.base, comparison.configs, self.compare.budget, self.vocab_size, self._step_seconds)
             self._check(plan[1])
             self.ledger.save_plan(*plan)
+            checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
+        checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
         self.value, self.configs = plan
         self.costs = {name: budget.cost(config, self.vocab_size) for name, config in self.configs.items()}
 
@@ -112,7 +114,8 @@ class Session:
         results["baselines"] = self._baselines()
         results["command"] = command
         checkpoints_lib.write_json(self.workdir / "results.json", results)
-        report.write(self.workdir)
+        for verdict in report.write(self.workdir):
+            logs.console.print(verdict, markup=False)
         logs.console.print(
             f"the report: {self.workdir / 'report.html'}   the curves: tensorboard --logdir {self.workdir}"
         )
@@ -209,6 +212,7 @@ class Session:
             departs = config_lib.differences(config_lib.to_dict(self.base), config_lib.to_dict(run.config))
             changes = {key: new for key, (_, new) in departs.items()}
             checkpoints_lib.save_setup(self._folder(run), run.config, changes, self.dataset.tokenizer)
+            checkpoints_lib.save_digest(self._folder(run), self.dataset.corpus.size[2])
         job.train(
             on_step=self._on_step(_names(runs), runs),
             stopping=self.stopping,

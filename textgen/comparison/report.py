@@ -36,8 +36,8 @@ summary { cursor: pointer; color: var(--soft); margin: .5rem 0; }
 """
 
 
-def write(folder: str | Path) -> None:
-    """Writes report.html (which loads nothing) and report.md beside results.json.
+def write(folder: str | Path) -> list[str]:
+    """Writes report.html (which loads nothing) and report.md beside results.json; returns the verdicts.
 
     Raises:
       UserError: no results there, or damaged ones.
@@ -54,6 +54,7 @@ def write(folder: str | Path) -> None:
     (results.folder / "report.md").write_text(
         f"# {title}\n\n" + "\n\n".join(document.markdown) + "\n", encoding="utf-8"
     )
+    return [verdict.text for verdict in results.verdicts.values()]
 
 
 def _verdict(document: Document, results: Results) -> None:
