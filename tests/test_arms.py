@@ -21,6 +21,23 @@ def source(flat=None, compare=None, arm_overrides=None):
     return config
 
 
+def test_what_training_takes_beside_a_window_is_counted():
+    plain = tiny({"model.backbone": "transformer"})
+    ahead = tiny({"model.backbone": "transformer", "model.predict_ahead": 3})
+    stream = tiny({"model.backbone": "transformer", "data.order": "stream", "model.context": 512})
+    flops = [budget.cost(config, 65).train_flops for config in (plain, ahead, stream)]
+    width, tokens = plain.model.width, budget.cost(plain, 65).tokens
+    assert flops[1] - flops[0] == 3 * tokens * 3 * 2 * width * (2 * width + 65)
+    assert flops[2] > flops[0]
+
+
+def test_an_arm_that_is_counted_and_not_trained_is_refused():
+    config = sweeps.compare(base.get_config(), {"a": {}, "b": {"model.backbone": "ngram"}})
+    config.corpus.name = "tiny_shakespeare"
+    with pytest.raises(UserError, match="Arm 'b': an n-gram is counted and not trained"):
+        arms.from_dict(config)
+
+
 def test_a_sweep_has_settings_of_the_comparison_too():
     config = sweeps.from_text(base.get_config(), "compare.seeds=5 model.width=8,16 compare.learning_rates=1e-3,3e-3")
     assert config.compare.seeds == 5

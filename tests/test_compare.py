@@ -139,7 +139,7 @@ def test_what_is_done_is_not_done_again(done, text, monkeypatch):
 
 def test_a_comparison_killed_again_and_again_goes_on_to_the_same_results(done, text, tmp_path, monkeypatch):
     """Killed without warning behind a checkpoint, at a run's end, and before the first checkpoint; then stopped
-    by a signal; then let be."""
+    by a signal; then killed between two seeds' results; then let be."""
     begun, when, original = [0], [None], jobs.Job.train
 
     class Killed(BaseException):
@@ -158,13 +158,25 @@ def test_a_comparison_killed_again_and_again_goes_on_to_the_same_results(done, t
         return original(self, on_step=dying, **rest)
 
     monkeypatch.setattr(jobs.Job, "train", train_a_while)
-    monkeypatch.setattr(compare.report, "write", lambda folder: None)
+    monkeypatch.setattr(compare.report, "write", lambda folder: [])
     folder = tmp_path / "duel"
     # At a step of the nth job of each launch: lstm's tuning, lstm's runs, the transformer's runs.
     for when[0], end in (((1, 9), Killed), ((3, 12), Killed), ((2, 3), Killed), ("signal", train.Interrupted)):
         begun[0] = 0
         with pytest.raises(end):
             compare.Session(asked(text), folder).run()
+    finish, finished = compare.Session._finish, []
+
+    def finish_one(self, job, index, run):
+        if finished and when[0] == "between results":
+            raise Killed
+        finished.append(run)
+        return finish(self, job, index, run)
+
+    monkeypatch.setattr(compare.Session, "_finish", finish_one)
+    begun[0], when[0] = 0, "between results"
+    with pytest.raises(Killed):
+        compare.Session(asked(text), folder).run()
     begun[0], when[0] = 0, None
     results = compare.Session(asked(text), folder).run()
     assert begun[0] == 1
@@ -185,7 +197,7 @@ def test_an_arm_that_fails_and_one_that_diverges_are_reported(text, tmp_path, mo
         return original(self, **rest)
 
     monkeypatch.setattr(jobs.Job, "train", train_or_fail)
-    monkeypatch.setattr(compare.report, "write", lambda folder: None)
+    monkeypatch.setattr(compare.report, "write", lambda folder: [])
     chosen = ARMS | {"wild": {"optimizer.name": "sgd", "optimizer.weight_decay": 1e30}}
     changes = {"compare.learning_rates": (), "compare.budget.kind": "tokens"}
     results = compare.Session(asked(text, changes, chosen), tmp_path / "duel").run()
@@ -205,7 +217,7 @@ def test_arms_that_differ_in_the_rate_alone_are_one_program(text, tmp_path, monk
     monkeypatch.setattr(
         jobs.Job, "__init__", lambda self, runs, *a, **k: (seen.append(len(runs)), original(self, runs, *a, **k))[1]
     )
-    monkeypatch.setattr(compare.report, "write", lambda folder: None)
+    monkeypatch.setattr(compare.report, "write", lambda folder: [])
     chosen = sweeps.product({"optimizer.learning_rate": [1e-3, 3e-3]})
     changes = {"compare.learning_rates": (), "compare.budget.kind": "tokens", "compare.ngram_orders": ()}
     results = compare.Session(asked(text, changes, chosen), tmp_path / "sweep").run()

@@ -148,7 +148,7 @@ def test_train_interrupt_resume_sample_evaluate(folder, call):
         (
             "probes",
             ["--config=configs/probes.py:parity,copy", "--config.train.steps=5"],
-            "probes.tasks.parity.train.steps",
+            "probes.tasks.copy.train.steps",
         ),
     ],
 )

@@ -64,6 +64,25 @@ def test_a_table_end_to_end_and_again(tmp_path, monkeypatch):
     assert probes.Probes(cells, tmp_path).run() == report
 
 
+def test_an_excess_that_is_the_same_everywhere_has_no_error(monkeypatch):
+    same = lambda model, params, windows, targets: (np.full(targets.shape, 0.5, np.float32), targets >= 0)
+    monkeypatch.setattr(probes, "_predict", same)
+    model = models.build(tiny({}), 8)
+    for task in ("copy", "counting", "associative_recall"):  # windows of unequal numbers of targets
+        found = probes.evaluate(model, None, task, 32, 512, 7)
+        assert found["excess"] == pytest.approx(0.5)
+        assert found["standard_error"] < 1e-9
+
+
+def test_what_every_task_has_of_its_own_and_what_probes_do_not_read_is_refused():
+    for key, message in (("train.steps", "set probes.tasks.parity.train.steps"), ("optimizer.learning_rate", "rates")):
+        with pytest.raises(UserError, match=message):
+            probes.cells_from(table.get_config("parity"), {key: 1})
+    config = table.get_config("parity")
+    config.seed = 7
+    assert {seed for cell in probes.cells_from(config) for seed, _ in cell.members} == {7}
+
+
 def test_a_failed_cell_is_reported_and_run_again(tmp_path, monkeypatch):
     cells = probes.cells_from(config_of("parity"))
     whole, broken = probes.run_cell, lambda *_: 1 / 0

@@ -1,5 +1,6 @@
 """A report says all that the results say, loads nothing, and puts up with runs that failed."""
 
+import dataclasses
 import json
 from html.parser import HTMLParser
 from types import SimpleNamespace
@@ -114,6 +115,16 @@ def test_ensembles_and_mixtures_are_marked_apart(tmp_path):
     assert blends["b, its 3 seeds"].loss == pytest.approx(-np.log(np.exp(-nats).mean(0)).mean())
     assert blends["b, its 3 seeds"].gain == pytest.approx(nats.mean() - blends["b, its 3 seeds"].loss)
     assert "dynamic evaluation |" not in apart
+
+
+def test_the_gain_of_a_mixture_is_that_of_the_seeds_that_both_have(tmp_path):
+    folder = made_up(tmp_path / "duel", {"a": 1.50, "b": 1.40})
+    results = Results(folder)
+    b, a = results.finished
+    one = dataclasses.replace(a, seeds=a.seeds[:1], nats=a.nats[:1])
+    spoilt = dataclasses.replace(b, nats=np.concatenate([b.nats[:1], b.nats[1:] + 5]))
+    blend = Results._mixture(spoilt, one)
+    assert blend.gain == pytest.approx(float(min(b.nats[0].mean(), a.nats[0].mean())) - blend.loss, abs=1e-6)
 
 
 def test_a_dynamic_column_when_there_is_one(tmp_path):

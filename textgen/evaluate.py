@@ -108,6 +108,8 @@ class Evaluator:
         )
         chunk = min(STREAM_CHUNK, 1 << max(count - 1, 0).bit_length())
         carry = jax.jit(lambda: self.model.init_carry(1, count))()  # jit: buffers that can be donated
+        # Programs of several devices meet; XLA's CPU backend cannot have hundreds of them wait.
+        several = any(len(leaf.devices()) > 1 for leaf in jax.tree.leaves(params) if isinstance(leaf, jax.Array))
         nats = []
         for start in range(0, count, chunk):
             part = np.zeros((1, chunk + 1), np.int32)
@@ -115,6 +117,8 @@ class Evaluator:
             part[0, : length + 1] = tokens[start : start + length + 1]
             some, carry = self._in_stream(params, part[:, :-1], part[:, 1:], carry, np.array([length], np.int32))
             nats.append(some)
+            if several:
+                some.block_until_ready()
         return np.concatenate([np.asarray(part)[0] for part in nats])[:count]
 
 

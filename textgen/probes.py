@@ -66,7 +66,8 @@ class Cell:
     @property
     def members(self) -> list[tuple[int, float]]:
         """(seed, learning rate) of each run."""
-        return list(itertools.product(range(self.probes.seeds), self.probes.learning_rates))
+        seeds = range(self.config.seed, self.config.seed + self.probes.seeds)
+        return list(itertools.product(seeds, self.probes.learning_rates))
 
     @property
     def step_tokens(self) -> int:
@@ -95,6 +96,10 @@ def cells_from(source: Any, given: Iterable[str] = ()) -> list[Cell]:
     source = dict(source) if isinstance(source, Mapping) else source.to_dict()
     require("probes" in source, "The config has no section 'probes': start from configs/probes.py.")
     probes = config_lib.build(source.pop("probes"), ProbesConfig, "probes.")
+    require(
+        "optimizer.learning_rate" not in given,
+        "Probes try several rates: set probes.learning_rates instead of optimizer.learning_rate.",
+    )
     for task, changes in probes.tasks.items():
         for key in sorted(set(given) & set(config_lib.flatten(changes))):
             raise UserError(f"{task} has a {key} of its own: set probes.tasks.{task}.{key} instead.")
@@ -144,12 +149,13 @@ def evaluate(model: models.LanguageModel, params: Any, task: str, window: int, w
             whole.append(part)
     nats, right, best, scored = (np.concatenate(part) for part in (nats, right, best, scored))
     count = scored.sum()
-    excess = np.where(scored, nats.astype(np.float64) - best, 0).sum(1)
+    excess, scores = np.where(scored, nats.astype(np.float64) - best, 0).sum(1), scored.sum(1)
+    ratio = excess.sum() / count
     return {
         "loss": float(nats[scored].mean(dtype=np.float64)),
         "optimum": float(best[scored].mean()),
-        "excess": float(excess.sum() / count),
-        "standard_error": float(excess.std(ddof=1) * np.sqrt(windows) / count),
+        "excess": float(ratio),
+        "standard_error": float((excess - ratio * scores).std(ddof=1) * np.sqrt(windows) / count),
         "accuracy": float(right[scored].mean()),
     }
 
@@ -254,8 +260,9 @@ class Probes:
 
                 try:
                     result = run_cell(cell, on_step, stopping)
-                except (train.Interrupted, KeyboardInterrupt):
-                    raise
+                except train.Interrupted:
+                    display.print(f"{cell.name} begins again next time; what is finished is kept")
+                    raise train.Interrupted from None
                 except Exception as error:
                     result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
                 self.results[cell.name] = {"settings": cell.settings(), **result}

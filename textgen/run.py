@@ -197,7 +197,7 @@ class Session:
                 f"The loss or the gradient was not finite for {config.train.max_skipped_steps} steps in a row; "
                 f"they changed nothing. The last good checkpoint in '{self.workdir}' is "
                 f"{f'step {kept[-1]}' if kept else 'none'}. "
-                "Lower optimizer.learning_rate, or set optimizer.clip_norm=1.0."
+                "Begin again in a new --workdir with a lower optimizer.learning_rate, or optimizer.clip_norm=1.0."
             ) from None
         finally:
             writer.hparams(config_lib.flatten(config_lib.to_dict(config)))

@@ -203,6 +203,7 @@ class EvalConfig:
 
     def __post_init__(self):
         _positive(self, "eval", "every_steps", "window", "batch_size", "max_tokens")
+        require(self.max_tokens != 1, "eval.max_tokens must be 2 or more: a prediction takes a token before it.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,10 @@ def from_dict(source: Any) -> Comparison:
     for name, flat in overrides.items():
         try:
             configs[name] = overlay(base, flat)
+            require(
+                configs[name].model.backbone != "ngram",
+                "an n-gram is counted and not trained: compare.ngram_orders has it beside the arms.",
+            )
             _check(flat, compare)
             config_lib.check_overrides(configs[name], flat)
         except UserError as error:

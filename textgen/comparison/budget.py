@@ -53,10 +53,12 @@ def cost(config: Config, vocab_size: int) -> Cost:
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     ]
     tokens = config.train.steps * config.data.batch_size * config.data.window
+    # In a stream a token sees all that the carry holds, and not its own window alone.
+    seen = config.data.window if config.data.order == "shuffled" else max(tokens // config.data.batch_size, 1)
     return Cost(
         parameters=sum(size for _, size in sizes),
         non_embedding_parameters=sum(size for names, size in sizes if not names & {"embedding", "positions", "head"}),
-        train_flops=3 * model.flops_per_token(config.data.window) * tokens,
+        train_flops=3 * (model.flops_per_token(seen) + model.ahead_flops_per_token()) * tokens,
         tokens=tokens,
         width=config.model.width,
         steps=config.train.steps,

@@ -47,7 +47,12 @@ class Session:
             self.ledger.save_plan(*plan)
             checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
         checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
-        self.value, self.configs = plan
+        self.value, configs = plan
+        groups = ("log", "checkpoint")  # may change on the way
+        self.configs = {
+            name: dataclasses.replace(config, **{g: getattr(comparison.configs[name], g) for g in groups})
+            for name, config in configs.items()
+        }
         self.costs = {name: budget.cost(config, self.vocab_size) for name, config in self.configs.items()}
 
     def _check(self, configs: Mapping[str, Config]) -> None:
@@ -105,11 +110,12 @@ class Session:
         total = sum(work.values()) * (tuned + self.compare.seeds)
         with train.stop_on_signals() as self.stopping, logs.Overview(total, done) as self.display:
             self._each_job(self._tuning_runs(), self._tune)
-            self._each_job(self._final_runs(), self._train)
+            self._each_job(self._final_runs(), self._train, self._has_result)
         results = self.ledger.results(self.dataset, len(self.dev_tokens), self.value, self.configs, self.failures)
+        told = "; ".join(f"{name}: {error}" for name, error in self.failures.items()) or "every one diverged"
         require(
             any(run["status"] == "done" for arm in results["arms"] for run in arm["runs"]),
-            "No run came to its end. " + "; ".join(f"{name}: {error}" for name, error in self.failures.items()),
+            f"No run came to its end: {told}.",
         )
         results["baselines"] = self._baselines()
         results["command"] = command
@@ -141,16 +147,25 @@ class Session:
             if rate is None:
                 self.failures[name] = "it diverged with every learning rate"
                 continue
-            seeds = (seed for seed in self.ledger.seeds if not self.ledger.result_file(name, seed).exists())
-            runs += [Run(name, _member(config, seed, rate)) for seed in seeds]
+            runs += [Run(name, _member(config, seed, rate)) for seed in self.ledger.seeds]
         return runs
 
-    def _each_job(self, runs: list[Run], do: Callable[[list[Run]], None]) -> None:
-        """Calls do(runs) for the runs of each program; one that fails is noted, and the others go on."""
+    def _has_result(self, run: Run) -> bool:
+        return self.ledger.result_file(run.arm, run.seed).exists()
+
+    def _each_job(
+        self, runs: list[Run], do: Callable[[list[Run]], None], done: Callable[[Run], bool] = lambda _: False
+    ) -> None:
+        """Calls do(runs) for the runs of each program, unless all are done.
+
+        One that fails is noted, and the others go on.
+        """
         groups: dict[str, list[Run]] = {}
         for run in runs:
             groups.setdefault(json.dumps(config_lib.to_dict(_member(run.config, 0, 1.0))), []).append(run)
         for group in groups.values():
+            if all(map(done, group)):
+                continue
             try:
                 do(group)
             except (UserError, RuntimeError, MemoryError, FloatingPointError) as error:  # XLA's are RuntimeErrors
@@ -219,6 +234,8 @@ class Session:
             writers=lambda start: [logs.Writer(self._folder(run), start) for run in runs],
         )
         for i, run in enumerate(runs):
+            if self._has_result(run):  # stopped between two of them
+                continue
             given_up = job.diverged.get(i)
             result = self._finish(job, i, run) if given_up is None else _diverged(run, given_up)
             result |= {"seed": run.seed, "seconds": job.run_seconds, "curve": _curve(self._folder(run))}

@@ -42,7 +42,8 @@ class Job:
       state: of all members, after `train`.
       diverged: index of a member -> the step at which it was given up.
       initial_losses: of each member before training, nats per token; where it is not evaluated on the way.
-      run_seconds: the time that one run's training took, without compilation and evaluation.
+      run_seconds: the time that one run's training took, without evaluation, and without compilation
+        where it has more than one dispatch.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Job:
         self._lm = inference.TextModel(model, None, tokenizer, self.config, 0)
         self.state: Any = None
         self.initial_losses: list[float] = []
-        self._progress: dict[str, Any] = {"diverged": {}, "seconds": []}
+        self._progress: dict[str, Any] = {"diverged": {}, "seconds": [], "first": []}
 
     @property
     def diverged(self) -> dict[int, int]:
@@ -72,7 +73,7 @@ class Job:
 
     @property
     def run_seconds(self) -> float:
-        each = self._progress["seconds"]
+        each = self._progress["seconds"] or self._progress.get("first", [])
         return statistics.median(each) * self.config.train.steps / len(self.runs) if each else 0.0
 
     def step_seconds(self, dispatches: int = 3) -> float:
@@ -132,9 +133,11 @@ class Job:
             self.initial_losses = [self.loss(i) for i in range(len(self.runs))]
         if steps:
             self.state = checkpoints.restore_state(steps[-1], self.ensemble.abstract)
-            self._progress = checkpoints_lib.read_json(progress, "its progress")
+            self._progress |= checkpoints_lib.read_json(progress, "its progress")
         start = steps[-1] if steps else 0
         opened = writers(start) if writers is not None else []
+
+        compiled = False
 
         def save(step: int, state: train.State) -> None:
             checkpoints_lib.write_json(progress, self._progress)
@@ -149,7 +152,9 @@ class Job:
                 writer.flush()
 
         def read(first: int, count: int, rows: dict[str, np.ndarray], timing: train.Timing) -> None:
-            self._progress["seconds"].append(timing.seconds / count)
+            nonlocal compiled
+            self._progress["seconds" if compiled else "first"].append(timing.seconds / count)
+            compiled = True
             for i, run in enumerate(self.runs):
                 mine = {name: values[i] for name, values in rows.items()}
                 for row in train.curve(run.config, self.batches.steps_per_epoch, first, count, mine, timing):

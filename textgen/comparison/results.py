@@ -198,13 +198,15 @@ class Results:
 
     @staticmethod
     def _mixture(a: Arm, b: Arm | Baseline) -> Blend:
-        """Seed by seed; the mean over the seeds."""
+        """Seed by seed, of those that both have; the mean over the seeds."""
         others = b.nats if isinstance(b, Arm) else [b.nats] * len(a.nats)
-        made = [analysis.mixed(np.stack(pair)) for pair in zip(a.nats, others, strict=False)]
+        pairs = [np.stack(pair) for pair in zip(a.nats, others, strict=False)]
+        made = [analysis.mixed(pair) for pair in pairs]
         loss = float(np.mean([nats.mean() for nats, _ in made]))
+        better = float(np.mean([pair.mean(1, dtype=np.float64) for pair in pairs], 0).min())
         mine, other = np.mean([weights for _, weights in made], 0)
         weights = f"{a.name} {mine:.2f}, {b.name} {other:.2f}"
-        return Blend(f"{a.name} with {b.name}", "mixture", loss, min(a.loss, b.loss) - loss, weights)
+        return Blend(f"{a.name} with {b.name}", "mixture", loss, better - loss, weights)
 
     # The text
 

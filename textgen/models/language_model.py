@@ -67,6 +67,10 @@ class LanguageModel(nn.Module):
         """
         return self.backbone.flops_per_token(length) + 2 * self.width * self.vocab_size
 
+    def ahead_flops_per_token(self) -> float:
+        """What the heads for later tokens add in training."""
+        return 2.0 * self.predict_ahead * self.width * (2 * self.width + self.vocab_size)
+
     def features(
         self,
         tokens: Tokens,
