@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import noisy_params
+from conftest import noisy_params, tiny
 
 from configs import probes as table
 from textgen import models, probes, tasks

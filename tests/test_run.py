@@ -122,7 +122,7 @@ def test_checkpoints_are_chosen_by_name(finished):
     losses = {r["step"]: r["eval/loss"] for r in logs.read_metrics(workdir) if "eval/loss" in r}
     assert textgen.load(workdir, checkpoint="best").step == min(losses, key=losses.get)
     assert textgen.load(workdir, checkpoint=6).step == 6
-    with pytest.raises(UserError, match=r"no checkpoint '7': it has latest, best and \[6, 12\]"):
+    with pytest.raises(UserError, match=r"no checkpoint '7': it has latest, best, \[6, 12\]"):
         textgen.load(workdir, checkpoint=7)
 
 

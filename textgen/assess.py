@@ -1,6 +1,7 @@
 """How well a trained model predicts a text: its reports, for people and for machines."""
 
 import json
+import math
 from pathlib import Path
 
 from textgen import checkpoints, corpora, data, evaluate
@@ -58,4 +59,6 @@ def reports_as_text(reports: Reports, name: str = "") -> str:
 
 def reports_as_json(reports: Reports) -> str:
     """Reports for machines."""
-    return json.dumps({how: {**vars(r), **r.metrics("")} for how, r in reports.items()}, indent=1)
+    number = lambda x: None if isinstance(x, float) and not math.isfinite(x) else x  # JSON has no NaN
+    told = {how: {**vars(r), **r.metrics("")} for how, r in reports.items()}
+    return json.dumps({how: {k: number(v) for k, v in some.items()} for how, some in told.items()}, indent=1)

@@ -1,5 +1,6 @@
 """A run's folder: its config, its tokenizer, and checkpoints that are whole or not there."""
 
+import difflib
 import json
 import os
 import shutil
@@ -74,7 +75,17 @@ def check_digest(workdir: Path, digest: str) -> None:
 
 def load_config(workdir: Path) -> Config:
     """The config of a run. Raises UserError where there is none, or a damaged one."""
-    require(workdir.is_dir(), f"There is no workdir '{workdir}'.")
+    if not workdir.is_dir():
+        siblings = [path.name for path in workdir.parent.glob("*/")] if workdir.parent.is_dir() else []
+        near = difflib.get_close_matches(workdir.name, siblings, n=1)
+        raise UserError(
+            f"There is no workdir '{workdir}'." + (f" Did you mean '{workdir.parent / near[0]}'?" if near else "")
+        )
+    below = sorted(str(path.parent) for depth in ("*", "*/*") for path in workdir.glob(f"{depth}/config.json"))
+    require(
+        (workdir / "config.json").exists() or not below,
+        f"'{workdir}' is a folder of runs: name one of them, such as {', '.join(below[:4])}.",
+    )
     return config_lib.from_dict(read_json(workdir / "config.json", "its config"))
 
 

@@ -351,7 +351,8 @@ def load(workdir: str | Path, *, checkpoint: str | int = "latest") -> TextModel:
         step = {"latest": steps[-1], "best": checkpoints.best_step()}.get(str(checkpoint), checkpoint)
         if str(step).isdigit():
             step = int(step)
-        require(step in steps, f"'{workdir}' has no checkpoint '{checkpoint}': it has latest, best and {steps}.")
+        best = "" if checkpoints.best_step() is None else "best, "
+        require(step in steps, f"'{workdir}' has no checkpoint '{checkpoint}': it has latest, {best}{steps}.")
         model = models.build(config, tokenizer.vocab_size)
         if isinstance(model, models.NGram):  # how large its tables are depends on what was counted
             abstract = checkpoints.params_shapes(step)

@@ -12,7 +12,7 @@ from textgen.config import UserError, did_you_mean, require
 from textgen.tokenizers import StreamDecoder, Tokenizer
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Sample:
     """One generated text and how it came about.
 
@@ -42,6 +42,9 @@ class Sample:
     score: float | None = None
     log_weight: float | None = None
     calls: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Sample({self.prompt!r} + {self.text!r}: {self.summary()})"
 
     def summary(self) -> str:
         """The text's mean surprise and entropy under the model, for people."""

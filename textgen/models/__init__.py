@@ -9,7 +9,8 @@ A backbone is a Linen module that turns a sequence into a sequence and carries i
     max_positions -> int | None                         the longest sequence, if there is one
     flops_per_token(length) -> float                    of a forward pass, in a window of so many tokens
 
-No carry in (a fresh sequence), none out. The contract is tested for every name in BACKBONES.
+No carry in (a fresh sequence), none out. With train=True it drops config.dropout of its activations;
+keys of its own go into configs/base.py and textgen/schema.py. The contract is tested for every name in BACKBONES.
 "ngram" is no backbone but a whole model, which is counted.
 """
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from textgen.config import ModelConfig, TransformerConfig
-from textgen.errors import note
+from textgen.errors import note, require
 from textgen.models.layers import (
     Dropout,
     Linear,
@@ -131,6 +131,10 @@ class Transformer(nn.Module):
         first = jnp.zeros((1,), jnp.int32) if carry is None else carry.position
         positions = first[:, None] + jnp.arange(steps)  # [B or 1, T]
         if self.options.positions == "learned":
+            require(
+                carry is not None or steps <= self.context,
+                f"Learned positions end at {self.context}, and the window has {steps} tokens.",
+            )
             table = self.param("positions", nn.initializers.normal(0.02), (self.context, self.width), jnp.float32)
             x = x + table[jnp.minimum(positions, self.context - 1)].astype(x.dtype)
         x = Dropout(self.dropout, name="dropout")(x, train)

@@ -10,6 +10,7 @@ Probabilities that a transformation removes become logits of -inf; none removes 
 """
 
 import ast
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +107,9 @@ def parse_calls(
         except UserError:
             raise
         except (TypeError, ValueError, AttributeError):
-            raise UserError(f"'{ast.unparse(call)}' has arguments that {name} does not take.") from None
+            takes = [str(p).split(":")[0] for p in inspect.signature(table[name]).parameters.values()]
+            told = f"it is written {name}({', '.join(takes)})"
+            raise UserError(f"'{ast.unparse(call)}' has arguments that {name} does not take: {told}.") from None
     return made
 
 
