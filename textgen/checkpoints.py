@@ -46,14 +46,17 @@ def read_json(path: Path, what: str) -> Any:
         ) from None
 
 
-def save_setup(workdir: Path, config: Config, changes: Mapping[str, Any], tokenizer: tokenizers.Tokenizer) -> None:
-    """Writes config.json, the differences from the config file, and tokenizer.json."""
+def save_setup(
+    workdir: Path, config: Config, changes: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, digest: str
+) -> None:
+    """Writes the differences from the config file, tokenizer.json, the text's digest, and last config.json."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The workdir '{workdir}' cannot be made: {error.strerror}.") from None
     write_json(workdir / "overrides.json", dict(changes))
     write_json(workdir / "tokenizer.json", tokenizer.state())
+    save_digest(workdir, digest)
     write_json(workdir / "config.json", config_lib.to_dict(config))
 
 

@@ -129,12 +129,10 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
 READ_WITH = {  # key -> (the key that decides whether it is read, with which of its values)
     "optimizer.momentum": ("optimizer.name", ("muon", "sgd")),
     "optimizer.newton_schulz_steps": ("optimizer.name", ("muon",)),
-    "optimizer.adam_learning_rate": ("optimizer.name", ("muon",)),
     "optimizer.beta1": ("optimizer.name", ("adamw", "muon", "lion")),
     "optimizer.beta2": ("optimizer.name", ("adamw", "muon", "lion")),
     "optimizer.decay_fraction": ("optimizer.schedule", ("wsd",)),
     "tokenizer.vocab_size": ("tokenizer.kind", ("words", "bpe")),
-    "tokenizer.path": ("tokenizer.kind", ("file",)),
     "model.transformer.rope_base": ("model.transformer.positions", ("rope",)),
 }
 

@@ -261,7 +261,7 @@ class Probes:
                 try:
                     result = run_cell(cell, on_step, stopping)
                 except train.Interrupted:
-                    display.print(f"{cell.name} begins again next time; what is finished is kept")
+                    display.print(f"{cell.name} begins again next time; the finished probes are kept")
                     raise train.Interrupted from None
                 except Exception as error:
                     result = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}

@@ -93,6 +93,10 @@ class Session:
         self.batches = data.Batches(self.dataset.train.tokens, self.config.data, self.config.seed)
         self.trainer = train.Trainer(model, self.config, self.mesh)
 
+    def _save_setup(self) -> None:
+        dataset = self.dataset
+        checkpoints_lib.save_setup(self.workdir, self.config, self.overrides, dataset.tokenizer, dataset.corpus.size[2])
+
     @cached_property
     def parameters(self) -> int:
         """How many numbers the model learns."""
@@ -130,8 +134,7 @@ class Session:
         """
         config, trainer = self.config, self.trainer
         if not self.resumed:
-            checkpoints_lib.save_setup(self.workdir, config, self.overrides, self.dataset.tokenizer)
-            checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
+            self._save_setup()
         else:
             checkpoints_lib.write_json(self.workdir / "config.json", config_lib.to_dict(config))
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, config.checkpoint.keep)
@@ -264,8 +267,7 @@ class CountingSession(Session):
 
     def run(self) -> dict[str, float]:
         """Evaluates what was counted, samples, saves, and returns the final metrics."""
-        checkpoints_lib.save_setup(self.workdir, self.config, self.overrides, self.dataset.tokenizer)
-        checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
+        self._save_setup()
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, self.config.checkpoint.keep)
         writer = logs.Writer(self.workdir, 0)
         try:

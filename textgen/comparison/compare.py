@@ -226,8 +226,8 @@ class Session:
         for run in runs:
             departs = config_lib.differences(config_lib.to_dict(self.base), config_lib.to_dict(run.config))
             changes = {key: new for key, (_, new) in departs.items()}
-            checkpoints_lib.save_setup(self._folder(run), run.config, changes, self.dataset.tokenizer)
-            checkpoints_lib.save_digest(self._folder(run), self.dataset.corpus.size[2])
+            setup = run.config, changes, self.dataset.tokenizer, self.dataset.corpus.size[2]
+            checkpoints_lib.save_setup(self._folder(run), *setup)
         job.train(
             on_step=self._on_step(_names(runs), runs),
             stopping=self.stopping,
