@@ -181,7 +181,10 @@ def test_what_the_plain_settings_stand_for():
         ({"num_samples": 0}, "num_samples must be 1 or more"),
         ({"temprature": 0.0}, "no option 'temprature' here. Did you mean 'temperature'"),
         ({"decoder": "beam(2)", "second_prompt": "a"}, "guidance and second_prompt go together"),
-        ({"guidance": float("nan"), "second_prompt": "a"}, "guidance must be one finite number, got nan"),
+        (
+            {"guidance": float("nan"), "second_prompt": "a"},
+            r"guidance must be one number of 1e\+09 or less in size, got nan",
+        ),
         ({"gamma": 0}, "gamma says how many tokens a draft proposes"),
         ({"temperature": [0.5, 0.7], "num_samples": 3}, "temperature has 2 settings, and there are 3 rows"),
         ({"temperature": [0.5, 0.7]}, "temperature has 2 settings, and there is 1 row"),

@@ -254,10 +254,30 @@ def test_chains_read_back_what_they_write():
     assert str(sampling.parse(str(chain))) == str(chain)
 
 
+def test_any_parameter_annotated_as_tokens_takes_texts(monkeypatch):
+    def vowels(bonus: float, *letters: sampling.Tokens) -> sampling.Transform:
+        return sampling.logit_bias(list(letters), [bonus] * len(letters))
+
+    monkeypatch.setitem(sampling.TRANSFORMS, "vowels", vowels)
+    chain = sampling.parse("vowels(2, 'a', 'e')", lambda s: [ord(c) - ord("a") for c in s])
+    assert str(chain) == "logit_bias([0, 4], [2, 2])"
+
+
+def test_the_largest_settings_leave_something_to_draw():
+    inputs = case(8, rows=1)
+    chain = sampling.parse(
+        "repetition_penalty(1e9), frequency_penalty(1e9), presence_penalty(-1e9), dry(1e9, 1e9, 1), logit_bias(0, -1e9)"
+    )
+    got = np.asarray(_follow(chain, *inputs))
+    assert np.isfinite(got).any(-1).all()
+    assert not np.isnan(got).any()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("repetition_penalty(0)", "repetition_penalty must be above 0, got 0"),
+        ("repetition_penalty(0)", r"repetition_penalty must lie in \[1e-9, 1e9\], got 0"),
+        ("frequency_penalty(1e38)", "frequency_penalty must be 1e9 or less in size"),
         ("no_repeat_ngram(1.5)", "no_repeat_ngram must be a whole number"),
         ("dry(-1)", "dry must have a multiplier of 0 or more"),
         ("xtc(2)", r"xtc must have a threshold and a probability in \[0, 1\], got 2"),
@@ -268,6 +288,7 @@ def test_chains_read_back_what_they_write():
         ("allowed('ab')", "A token is wanted, and 'ab' makes 2 tokens"),
         ("logit_bias(3)", "arguments that logit_bias does not take"),
         ("logit_bias([1, 2], 3)", "as many biases as tokens"),
+        ("logit_bias('a', 'b')", "logit_bias must be 1e9 or less in size, got 'b'"),
         ("mirostatt(3)", "Unknown sampler 'mirostatt'. Did you mean 'mirostat'"),
         ("temperature('hot')", "temperature"),
     ],

@@ -9,6 +9,7 @@ from jaxtyping import Float, Integer
 
 from textgen import sampling
 from textgen.config import UserError, did_you_mean, require
+from textgen.sampling.core import MOST
 from textgen.tokenizers import StreamDecoder, Tokenizer
 
 
@@ -138,10 +139,10 @@ def recipe_of(record: Mapping[str, Any], known: Collection[str]) -> dict[str, An
 
 
 def check_guidance(guidance: Any, second_prompt: str | None) -> None:
-    """Raises UserError where one is given without the other, or the guidance is not one finite number."""
+    """Raises UserError where one is given without the other, or the guidance is not one number, or too large."""
     require((guidance is None) == (second_prompt is None), "guidance and second_prompt go together: give both.")
-    good = guidance is None or (isinstance(guidance, int | float) and np.isfinite(guidance))
-    require(good, f"guidance must be one finite number, got {guidance!r}.")
+    good = guidance is None or (isinstance(guidance, int | float) and abs(guidance) <= MOST)
+    require(good, f"guidance must be one number of {MOST:g} or less in size, got {guidance!r}.")
 
 
 def check_rows(chain: sampling.Chain, rows: int) -> None:

@@ -22,6 +22,7 @@ from textgen.sampling.core import (
     Logits,
     Moment,
     Number,
+    Tokens,
     Transform,
     chain,
     draw,
@@ -59,11 +60,10 @@ _ALL = (
 TRANSFORMS: dict[str, Callable[..., Transform]] = {function.__name__: function for function in _ALL}
 
 __all__ = [
-    "TRANSFORMS", "Chain", "Logits", "Moment", "Number", "Transform", "chain", "check_vocabulary", "draw", "parse",
-    "parse_calls", "reweight_distribution", *TRANSFORMS,
+    "TRANSFORMS", "Chain", "Logits", "Moment", "Number", "Tokens", "Transform", "chain", "check_vocabulary", "draw",
+    "parse", "parse_calls", "reweight_distribution", *TRANSFORMS,
 ]  # fmt: skip
 
-TAKE_TOKENS = ("logit_bias", "banned", "allowed", "dry")
 Encode = Callable[[str], Any]
 
 
@@ -71,7 +71,8 @@ def parse(text: str, encode: Encode | None = None) -> Chain:
     """The chain that a string describes, such as "temperature(0.8), top_p(0.95)".
 
     Args:
-      encode: the tokenizer's, for arguments that are texts of one token, such as banned("q").
+      encode: the tokenizer's: where a function's parameter is annotated as `Tokens`, texts of one token
+        become ids, as in banned("q").
 
     Raises:
       UserError: an unknown transformation, or arguments that it does not take.
@@ -102,8 +103,12 @@ def parse_calls(
         name = call.func.id
         require(name in table, f"Unknown {what} '{name}'.{did_you_mean(name, table)}")
         try:
-            value = lambda node: _encoded(ast.literal_eval(node), encode if name in TAKE_TOKENS else None)  # noqa: B023
-            made.append(table[name](*map(value, call.args), **{str(k.arg): value(k.value) for k in call.keywords}))
+            args, named = call.args, {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+            bound = inspect.signature(table[name]).bind(*map(ast.literal_eval, args), **named)
+            for parameter in bound.signature.parameters.values():
+                if encode is not None and parameter.annotation is Tokens and parameter.name in bound.arguments:
+                    bound.arguments[parameter.name] = _encoded(bound.arguments[parameter.name], encode)
+            made.append(table[name](*bound.args, **bound.kwargs))
         except UserError:
             raise
         except (TypeError, ValueError, AttributeError):
@@ -113,14 +118,12 @@ def parse_calls(
     return made
 
 
-def _encoded(value: Any, encode: Encode | None) -> Any:
+def _encoded(value: Any, encode: Encode) -> Any:
     """The value with every text in it replaced by its token."""
-    if isinstance(value, str) and encode is not None:
+    if isinstance(value, str):
         ids = encode(value)
         require(len(ids) == 1, f"A token is wanted, and '{value}' makes {len(ids)} tokens.")
         return int(ids[0])
-    if isinstance(value, dict):
-        return {_encoded(k, encode): v for k, v in value.items()}
     return [_encoded(v, encode) for v in value] if isinstance(value, list | tuple) else value
 
 

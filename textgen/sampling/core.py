@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import flax.struct
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from textgen.config import UserError, require
 
 Logits = Float[Array, "B V"]
 Number = float | int | Sequence[float | int] | Shaped[np.ndarray, "*B"] | Shaped[Array, "*B"]  # one, or one a row
+Tokens = Annotated[Any, "ids; in a chain's text, texts of one token too"]
 
 
 @flax.struct.dataclass
@@ -151,6 +152,13 @@ def check(name: str, value: Any, good: Callable[[np.ndarray], Any], wanted: str)
     with np.errstate(over="ignore"):
         used = array.astype(np.float32)  # what it is computed with
     require(np.all(good(array)) and np.all(good(used)), f"{name} must {wanted}, got {written(array)}.")
+
+
+MOST = 1e9  # in size, of what is added to logits or multiplies them: what comes of it, even many times, is finite
+
+
+def moderate(x: Any) -> Any:
+    return np.abs(x) <= MOST
 
 
 def column(number: Any) -> Float[Array, "B 1"]:

@@ -13,15 +13,18 @@ from jaxtyping import Array, Bool, Float, Integer
 
 from textgen.config import require
 from textgen.sampling.core import (
+    MOST,
     Logits,
     Moment,
     Number,
+    Tokens,
     Transform,
     check,
     column,
     keep,
     keep_or_all,
     likeliest,
+    moderate,
     token_ids,
     transform,
 )
@@ -30,13 +33,13 @@ from textgen.sampling.cutoffs import scale
 Ids = Integer[Array | np.ndarray, "1 N"]
 
 
-def logit_bias(tokens: Any, biases: Any) -> Transform:
+def logit_bias(tokens: Tokens, biases: Any) -> Transform:
     """Adds biases[n] to the logit of tokens[n], in all rows; one of each may stand alone.
 
     Raises:
-      UserError: as many biases as tokens are wanted, and finite.
+      UserError: as many biases as tokens are wanted, and of 1e9 or less in size.
     """
-    check("logit_bias", biases, np.isfinite, "be finite")
+    check("logit_bias", biases, moderate, "be 1e9 or less in size")
     ids, values = token_ids("logit_bias", tokens), np.atleast_1d(np.asarray(biases, np.float32))
     require(values.shape == ids[0].shape, f"logit_bias takes as many biases as tokens, got {biases!r} for {tokens!r}.")
     return transform("logit_bias", _logit_bias, ids, values[None])
@@ -46,7 +49,7 @@ def _logit_bias(logits: Logits, ids: Ids, values: Any) -> Logits:
     return logits + jnp.zeros(logits.shape[-1]).at[ids[0]].add(values[0])
 
 
-def banned(*tokens: Any) -> Transform:
+def banned(*tokens: Tokens) -> Transform:
     """Makes some tokens impossible. A ban that would leave nothing is not applied.
 
     Raises:
@@ -59,7 +62,7 @@ def _banned(logits: Logits, ids: Ids) -> Logits:
     return keep_or_all(logits, ~_one_of(ids, logits.shape[-1]))
 
 
-def allowed(*tokens: Any) -> Transform:
+def allowed(*tokens: Tokens) -> Transform:
     """Makes all but some tokens impossible, unless that would leave nothing.
 
     Raises:
@@ -157,9 +160,9 @@ def repetition_penalty(theta: Number) -> Transform:
     It depends on where the model's logits have their zero: it is not invariant to a shift.
 
     Raises:
-      UserError: theta of 0 or less. Above 1 repetition becomes rarer.
+      UserError: theta outside [1e-9, 1e9]. Above 1 repetition becomes rarer.
     """
-    check("repetition_penalty", theta, lambda x: (x > 0) & np.isfinite(x), "be above 0")
+    check("repetition_penalty", theta, lambda x: (x >= 1 / MOST) & moderate(x), "lie in [1e-9, 1e9]")
     return transform("repetition_penalty", _repetition_penalty, theta, init=_seen)
 
 
@@ -181,9 +184,9 @@ def presence_penalty(a: Number) -> Transform:
     """Subtracts a number from the logits of tokens that were drawn before (OpenAI's API).
 
     Raises:
-      UserError: a number that is not finite. Below 0 it rewards.
+      UserError: a number above 1e9 in size. Below 0 it rewards.
     """
-    check("presence_penalty", a, np.isfinite, "be finite")
+    check("presence_penalty", a, moderate, "be 1e9 or less in size")
     return transform("presence_penalty", _presence_penalty, a, init=_none_drawn)
 
 
@@ -191,9 +194,9 @@ def frequency_penalty(b: Number) -> Transform:
     """Subtracts a number from a token's logit for each time that it was drawn before (OpenAI's API).
 
     Raises:
-      UserError: a number that is not finite. Below 0 it rewards.
+      UserError: a number above 1e9 in size. Below 0 it rewards.
     """
-    check("frequency_penalty", b, np.isfinite, "be finite")
+    check("frequency_penalty", b, moderate, "be 1e9 or less in size")
     return transform("frequency_penalty", _frequency_penalty, b, init=_none_drawn)
 
 
@@ -226,7 +229,7 @@ def _no_repeat_ngram(logits: Logits, past: Any, moment: Moment, n: Any) -> Any:
     return keep_or_all(logits, ~repeated), lambda token: _append(past, token)
 
 
-def dry(multiplier: Number = 0.8, base: Number = 1.75, allowed: Number = 2, breakers: Any = None) -> Transform:
+def dry(multiplier: Number = 0.8, base: Number = 1.75, allowed: Number = 2, breakers: Tokens = None) -> Transform:
     """Subtracts multiplier * base^(n - allowed) where a token would extend a repetition of n tokens (p-e-w 2024).
 
     Args:
@@ -234,9 +237,9 @@ def dry(multiplier: Number = 0.8, base: Number = 1.75, allowed: Number = 2, brea
       breakers: tokens over which no repetition is followed, such as "\\n" and ":".
 
     Raises:
-      UserError: a multiplier below 0, a base below 1, or allowed below 1.
+      UserError: a multiplier below 0 or above 1e9, a base below 1, or allowed below 1.
     """
-    check("dry", multiplier, lambda x: x >= 0, "have a multiplier of 0 or more")
+    check("dry", multiplier, lambda x: (x >= 0) & moderate(x), "have a multiplier of 0 or more, up to 1e9")
     check("dry", base, lambda x: x >= 1, "have a base of 1 or more")
     check("dry", allowed, lambda x: x >= 1, "allow 1 token or more")
     lists = () if breakers is None else (token_ids("dry", _flat([breakers])),)
@@ -246,7 +249,8 @@ def dry(multiplier: Number = 0.8, base: Number = 1.75, allowed: Number = 2, brea
 def _dry(logits: Logits, past: Any, moment: Moment, multiplier: Any, base: Any, allowed: Any, *breakers: Any) -> Any:
     tokens, matched = _continuations(past)
     over = matched - column(allowed)
-    penalty = jnp.where(over >= 0, column(multiplier) * column(base) ** jnp.minimum(over, 30), 0)
+    growth = jnp.minimum(column(base) ** jnp.minimum(over, 30), MOST)
+    penalty = jnp.where(over >= 0, column(multiplier) * growth, 0)
     rows = jnp.arange(tokens.shape[0])[:, None]
     return (
         logits - jnp.zeros(logits.shape, jnp.float32).at[rows, tokens].max(penalty),
