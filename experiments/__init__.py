@@ -19,7 +19,12 @@ def launch(main: Callable[[], Any]) -> None:
     logging.set_verbosity(logging.FATAL)  # the libraries below talk of every file; errors come as exceptions
 
     def parse(argv: list[str]) -> list[str]:
-        for file in (arg.removeprefix("--config=").split(":")[0] for arg in argv if arg.startswith("--config=")):
+        files = [
+            (after if word == "--config" else word.removeprefix("--config=")).split(":")[0]
+            for word, after in zip(argv, [*argv[1:], ""], strict=True)
+            if word == "--config" or word.startswith("--config=")
+        ]
+        for file in files:
             if not Path(file).is_file():
                 there = sorted(str(path) for path in Path(file).parent.glob("*.py"))
                 near = difflib.get_close_matches(file, there, n=1)
@@ -30,12 +35,18 @@ def launch(main: Callable[[], Any]) -> None:
                 flags.FLAGS.config.keys()  # a config file that is missing fails only when it is read
         except (AttributeError, KeyError) as error:  # how a ConfigDict says that it has no such key
             text = str(error.args[0] if error.args else error).replace("\\n", " ")
+            if "no attribute 'get_config'" in text:
+                _refuse(
+                    f"'{files[-1]}' has no function get_config(arg) that returns a ConfigDict; see configs/base.py."
+                )
             near = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text)
             if near:
                 _refuse(f"Unknown config key '{near[1]}'. Did you mean '{near[2]}'?")
             _refuse(_unknown_key(text.strip("'\"")))
         except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
             missing = re.search(r"Flag (--\w+) must have a value", str(error))
+            if missing and missing[1] == "--config" and files:
+                _refuse(f"get_config of '{files[-1]}' returns None, and not a ConfigDict.")
             _refuse(f"Give {missing[1]}=...: it is required, and --help says what it is." if missing else error)
         if rest[1:]:
             _refuse(f"Unexpected argument '{rest[1]}': flags are written --name=value.")
@@ -57,6 +68,8 @@ def launch(main: Callable[[], Any]) -> None:
                 sys.exit(130)
             if isinstance(error, UserError | OSError):  # a disk that is full, a folder that is not ours
                 _refuse(error)
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                _refuse(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})")
             raise
 
     try:
@@ -65,6 +78,12 @@ def launch(main: Callable[[], Any]) -> None:
         print(file=sys.stderr)
         sys.stdout.flush()
         os._exit(130)  # the device may be computing still: an orderly exit would pull its memory away
+
+
+_OUT_OF_MEMORY = (
+    "There is not enough memory: lower data.batch_size, data.window, eval.batch_size or eval.window, raise "
+    "train.accumulation, or set train.loss_chunk or model.remat; when sampling, ask for fewer samples at once."
+)
 
 
 def _unknown_key(text: str) -> str:
@@ -91,5 +110,8 @@ def _unraisable(unraisable: Any) -> None:
 
 
 def _refuse(error: BaseException | str) -> None:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    text = str(error)
+    if "Traceback (most recent call last)" in text:  # of a config file that raised: its last line says why
+        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    print(f"error: {' '.join(text.split())}", file=sys.stderr)
     sys.exit(2)

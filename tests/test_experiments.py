@@ -126,6 +126,10 @@ def test_train_interrupt_resume_sample_evaluate(folder, call):
         ("train", ["stray"], "Unexpected argument 'stray'"),
         ("train", ["--config.corpus.path=/absent"], "there is no file or folder '/absent'"),
         ("train", ["--config=configs/tny.py"], "Did you mean 'configs/tiny.py'"),
+        ("train", ["--config=configs/base.py:x"], "error: configs/base.py takes no argument, got ':x'."),
+        ("train", ["--config.eval.window=9999"], "eval.window=9999 is longer than the validation text"),
+        ("train", ["--config.log.profile_step=20"], "log.profile_step=20 must be below train.steps=20"),
+        ("train", ["--config.model.backbone=lstm", "--config.model.context=9"], "model.backbone=transformer or hybrid"),
         ("train", ["--config.model.backbone=lsmt"], "Did you mean 'lstm'"),
         ("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices"),
         ("sample", ["--workdir=/absent"], "There is no workdir '/absent'"),
@@ -165,6 +169,29 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, call, name, flags, messag
 
 def test_a_mistake_is_told_the_same_by_a_process_of_its_own():
     refused(alone("train", *TINY, "--config.model.widht=4"), "Unknown config key 'widht'. Did you mean 'width'?")
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def get_config(arg=''): pass", "get_config of '{file}' returns None"),
+        ("config = {}", "'{file}' has no function get_config(arg)"),
+        (None, "There is no config file '{file}'"),
+    ],
+)
+def test_a_config_file_that_gives_no_config_is_said(tmp_path, call, code, message):
+    file = tmp_path / "mine.py"
+    if code:
+        file.write_text(code)
+    for given in ([f"--config={file}"], ["--config", file]):
+        refused(call("train", *given), message.format(file=file))
+
+
+def test_too_little_memory_is_said(folder, call):
+    flags = [*TINY, f"--config.corpus.path={folder / 'text.txt'}", f"--workdir={folder / 'large'}"]
+    refused(
+        call("train", *flags, "--config.data.batch_size=10000000000000"), "There is not enough memory: lower data.batch"
+    )
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The training step: exact under cutting, accumulation and sharding; unmoved by what is not finite."""
 
+import dataclasses
 import functools
 
 import jax
@@ -67,8 +68,8 @@ def test_the_rate_leaves_out_the_dispatch_that_compiles(monkeypatch):
     quiet = {"on_row": lambda *_: None, "pauses": [], "save": lambda *_: None}
     train.loop(trainer, trainer.abstract, batches, on_dispatch=lambda *told: seen.append(told), **quiet)
     a_step = trainer.config.data.batch_size * trainer.config.data.window
-    np.testing.assert_allclose([rate / a_step for _, _, rate in seen], [4 / 60, 4 / 2, 8 / 3])
-    assert [step for step, _, _ in seen] == [4, 8, 12]
+    np.testing.assert_allclose([rate / a_step for _, _, rate in seen], [4 / 2, 8 / 3])
+    assert [step for step, _, _ in seen] == [8, 12]
 
 
 @pytest.mark.parametrize(
@@ -272,10 +273,18 @@ def test_schedules_warm_up_and_end_where_they_should(name):
     curve = np.array([float(optimizers.schedule(config, 100)(s)) for s in range(101)])
     np.testing.assert_allclose(curve[:10], (np.arange(10) + 1) / 10, rtol=1e-5)
     np.testing.assert_allclose(curve.max(), 1, rtol=1e-5)
-    np.testing.assert_allclose(curve[100], 1 if name == "constant" else 0.1, atol=0.02)
+    np.testing.assert_allclose(curve[99], 1 if name == "constant" else 0.1, atol=0.02)
     assert (np.diff(curve[10:]) <= 1e-6).all()
     if name == "wsd":
         np.testing.assert_allclose(curve[10:79], 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+def test_the_last_step_has_the_final_fraction_and_the_first_without_warm_up_the_peak(warmup):
+    config = tiny({"optimizer.warmup_steps": warmup, "train.steps": 20}).optimizer
+    for name in ("cosine", "linear"):
+        shape = optimizers.schedule(dataclasses.replace(config, schedule=name), 20)
+        np.testing.assert_allclose([shape(0), shape(19)], [1 / max(warmup, 1), 0.1], rtol=1e-5)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():

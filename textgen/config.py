@@ -133,6 +133,7 @@ READ_WITH = {  # key -> (the key that decides whether it is read, with which of 
     "optimizer.beta2": ("optimizer.name", ("adamw", "muon", "lion")),
     "optimizer.decay_fraction": ("optimizer.schedule", ("wsd",)),
     "tokenizer.vocab_size": ("tokenizer.kind", ("words", "bpe")),
+    "model.context": ("model.backbone", ("transformer", "hybrid")),
     "model.transformer.rope_base": ("model.transformer.positions", ("rope",)),
 }
 

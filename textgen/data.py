@@ -196,7 +196,8 @@ class Batches:
 
     shuffled: every epoch cuts the text at a random phase and goes through the windows in a
     random order, each once. stream: row b reads its own stretch of the text in order, one
-    window a step, and begins anew at the end.
+    window a step, and begins anew at the end; the stretches are of equal length, and the fewer
+    than B windows that are left over at the text's end are not read.
     """
 
     def __init__(self, tokens: Tokens, config: DataConfig, seed: int):

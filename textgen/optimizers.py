@@ -13,8 +13,8 @@ from textgen.parallel import layer_axes
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Step -> fraction of the peak learning rate: a linear warm-up, then the named shape down to final_fraction."""
-    warmup, final = config.warmup_steps, config.final_fraction
-    rest = steps - warmup
+    warmup, final = max(config.warmup_steps, 1), config.final_fraction  # the first step of none is at the peak
+    rest = max(steps - warmup, 1)
     if config.schedule == "cosine":
         shape = optax.cosine_decay_schedule(1.0, rest, final)
     elif config.schedule == "linear":
@@ -26,8 +26,6 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
         )
     else:
         shape = optax.constant_schedule(1.0)
-    if not warmup:
-        return shape
     return optax.join_schedules([optax.linear_schedule(1 / warmup, 1.0, warmup - 1), shape], [warmup - 1])
 
 

@@ -65,6 +65,11 @@ class Session:
         self.mesh = parallel.make_mesh(config)
         kept = checkpoints_lib.load_tokenizer(self.workdir) if self.resumed else None
         self.dataset = data.load(config, kept)
+        unseen = len(self.dataset.validation.tokens)
+        require(
+            config.eval.window is None or config.eval.window < unseen,
+            f"eval.window={config.eval.window} is longer than the validation text, which has {unseen} tokens.",
+        )
         model = models.build(config, self.dataset.tokenizer.vocab_size)
         if self.resumed:
             checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])

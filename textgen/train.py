@@ -291,8 +291,8 @@ def loop(
     Args:
       batches: `batches(step, count)` gives what `Trainer.dispatch` takes for these steps; see data.Batches.
       on_row: called with (step, metrics) for every row of the curve.
-      on_dispatch: called with (step, latest loss, tokens per second) when a dispatch is read. The rate
-        is that of all dispatches in this process but the first, which compiles, and without pauses.
+      on_dispatch: called with (step, latest loss, tokens per second) when a dispatch is read, but for
+        the first in this process, which compiles. The rate is that of all others, without pauses.
       pauses: (due, call) pairs, where due(step) is the next step after `step` at which training
         pauses for call(step, state); in the order given. See `every` and `at`.
       save: called with (step, state) when a signal cuts the run short.
@@ -308,10 +308,11 @@ def loop(
         for row in curve(config, batches.steps_per_epoch, first, count, rows, timing):
             on_row(*row)
         steps, seconds = steps + count, seconds + timing.seconds
-        rate = steps * config.data.batch_size * config.data.window / seconds
+        if not compiling or first + count == config.train.steps:
+            rate = steps * config.data.batch_size * config.data.window / seconds
+            on_dispatch(first + count, float(rows["nats"][count - 1] / max(rows["tokens"][count - 1], 1)), rate)
         if compiling:
             steps, seconds, compiling = 0, 0.0, False
-        on_dispatch(first + count, float(rows["nats"][count - 1] / max(rows["tokens"][count - 1], 1)), rate)
         if rows["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
             raise Diverged
 
