@@ -25,13 +25,18 @@ def main() -> None:
     from textgen import inference, logs, run, study
 
     run.use_compilation_cache()
-    chains = study.chains(_TEMPERATURES.value, _SAMPLER.value)
     lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    chains = study.chains(_TEMPERATURES.value, _SAMPLER.value, lm.tokenizer.encode)
     page = Path(_OUTPUT.value or f"{_WORKDIR.value}/explore.html")
     study.check_page(page)
+    prompts = _PROMPT.value or [lm.config.sample.prompt]
+    texts = len(prompts) * _NUM_SAMPLES.value
+    logs.console.print(
+        f"making and measuring {texts} texts of {_LENGTH.value} tokens at each of {len(chains)} settings"
+    )
     found = study.explore(
         lm,
-        _PROMPT.value or [lm.config.sample.prompt],
+        prompts,
         chains,
         length=_LENGTH.value,
         num_samples=_NUM_SAMPLES.value,

@@ -137,7 +137,7 @@ def test_train_interrupt_resume_sample_evaluate(folder, call):
         ("sample", ["--replay=/absent", "--seed=1"], "leave out --seed"),
         ("sample", ["--workdir=/absent", "--gamma=2"], "--speculate proposes"),
         ("sample", ["--replay=/absent"], "There is no file '/absent'"),
-        ("explore", ["--workdir=x", "--temperatures=0.5,hot"], "such as 0.5,0.8,1; got 'hot'"),
+        ("explore", ["--workdir=/absent"], "There is no workdir '/absent'"),
         ("evaluate", ["--workdir=/absent"], "There is no workdir '/absent'"),
         ("compare", ["--sweep=model.widht=4,8"], "unknown config key 'model.widht'. Did you mean 'model.width'?"),
         ("compare", [], "The config has no section 'compare'"),

@@ -100,6 +100,11 @@ def test_a_mistake_in_the_ladder_is_told(arguments, message):
         study.chains(*arguments)
 
 
+def test_a_ladder_may_name_tokens_by_their_texts():
+    (chain,) = study.chains(samplers=["banned('c'), temperature(0.5)"], encode=lambda s: [ord(c) - ord("a") for c in s])
+    assert str(chain) == "banned([2]), temperature(0.5)"
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.25, 1.55), st.sampled_from([1, -1]))
 def test_the_match_is_where_the_curve_crosses_unseen_text(seed, place, sign):

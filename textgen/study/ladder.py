@@ -13,16 +13,21 @@ TEMPERATURES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6)
 
 
 def chains(
-    temperatures: Sequence[str | float] | None = None, samplers: Sequence[str] | None = None
+    temperatures: Sequence[str | float] | None = None,
+    samplers: Sequence[str] | None = None,
+    encode: sampling.Encode | None = None,
 ) -> list[sampling.Chain]:
     """The chains that the flags ask for: one for each temperature, or each sampler.
+
+    Args:
+      encode: the tokenizer's, for samplers that name tokens by their texts.
 
     Raises:
       UserError: both, an impossible temperature or sampler, or one that comes twice.
     """
     require(not (temperatures and samplers), "Give either --temperatures or --sampler: a chain holds its own.")
     if samplers:
-        found = [sampling.parse(text) for text in samplers]
+        found = [sampling.parse(text, encode) for text in samplers]
     else:
         require(
             temperatures is None or len(temperatures), "--temperatures is empty: give one or more, or leave it out."

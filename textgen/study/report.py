@@ -60,7 +60,7 @@ def answer(study: Study) -> list[str]:
     else:
         near = study.nearest()
         low, high = max(surprises) < loss, min(surprises) > loss
-        side = "; all settings lie below it" * low + "; all settings lie above it" * high
+        side = ("; all settings lie below it" * low + "; all settings lie above it" * high) * (len(surprises) > 1)
         first = (
             f"{study.settings[near].name} comes nearest to unseen text: the model's surprise is "
             f"{surprises[near]:.2f} nats per {unit} against {loss:.2f}{side}."
@@ -74,10 +74,10 @@ def answer(study: Study) -> list[str]:
     if n["repetition"] > unseen["repetition"]:
         shares = percent(n["repetition"], 1), percent(unseen["repetition"], 1)
         facts.append(f"{shares[0]} of its runs of four words come again ({shares[1]})")
-    if min(surprises) < loss and facts:
+    if len(surprises) > 1 and min(surprises) < loss and facts:
         lines.append(f"Below, text grows dull: at {named(study, dull)}, {min(surprises):.2f} nats, {_listed(facts)}.")
     n = wild.numbers
-    if max(surprises) > loss and n["known_words"] < unseen["known_words"]:
+    if len(surprises) > 1 and max(surprises) > loss and n["known_words"] < unseen["known_words"]:
         lines.append(
             f"Above, it makes up words: at {named(study, wild)}, {max(surprises):.2f} nats, "
             f"{percent(n['known_words'])} of its words are in the training text "
