@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import SOME_BACKBONES, noisy_params, tiny
 
-from textgen import evaluate, models
+from textgen import evaluate, models, parallel
 from textgen.config import UserError
 from textgen.data import Split
 
@@ -51,6 +51,20 @@ def test_a_stream_predicts_from_all_that_came_before(name, monkeypatch):
     expected = plain_nats(full(TOKENS[None])[0][:-1], TOKENS[1:])
     got = evaluate.Evaluator(model, window=8, batch_size=2).stream_nats(params, TOKENS)
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_split_parameters_predict_the_same(axis, monkeypatch):
+    monkeypatch.setattr(evaluate, "STREAM_CHUNK", 16)
+    config = tiny({f"mesh.{axis}": 2})
+    model = models.build(config, V)
+    params = noisy_params(model)
+    where = parallel.shardings(params, parallel.make_mesh(config))
+    assert any(not there.is_fully_replicated for there in jax.tree.leaves(where))
+    tokens = np.random.default_rng(1).integers(0, V, 4001).astype(np.uint8)  # hundreds of programs that meet
+    evaluator = evaluate.Evaluator(model, window=8, batch_size=2)
+    for read in (evaluator.window_nats, evaluator.stream_nats):
+        np.testing.assert_allclose(read(jax.device_put(params, where), tokens), read(params, tokens), atol=2e-5)
 
 
 def test_learned_positions_do_not_stream_past_their_end():
