@@ -56,11 +56,14 @@ class Writer:
     def hparams(self, settings: Mapping[str, Any]) -> None:
         """The run's settings, for the HParams tab, in the run's own folder; its metrics are the run's scalars.
 
+        Those of checkpoints, logs and samples change nothing that is learned, and are left out.
         The experiment's summary is left out on purpose: with several runs TensorBoard would show
         the columns of one of them only; without it, it works out the columns from all.
         """
         plain = {
-            k: v if isinstance(v, (bool, int, float, str)) else str(v) for k, v in settings.items() if v is not None
+            k: v if isinstance(v, (bool, int, float, str)) else str(v)
+            for k, v in settings.items()
+            if v is not None and not k.startswith(("checkpoint.", "log.", "sample."))
         }
         (started,) = summary_v2.hparams_pb(plain, trial_id="/".join(self.workdir.parts[-2:])).value
         end = plugin_data_pb2.SessionEndInfo(status=api_pb2.STATUS_SUCCESS, end_time_secs=time.time())
