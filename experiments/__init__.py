@@ -19,35 +19,22 @@ def launch(main: Callable[[], Any]) -> None:
     logging.set_verbosity(logging.FATAL)  # the libraries below talk of every file; errors come as exceptions
 
     def parse(argv: list[str]) -> list[str]:
-        files = [
-            (after if word == "--config" else word.removeprefix("--config=")).split(":")[0]
-            for word, after in zip(argv, [*argv[1:], ""], strict=True)
-            if word == "--config" or word.startswith("--config=")
-        ]
-        for file in files:
-            if not Path(file).is_file():
-                there = sorted(str(path) for path in Path(file).parent.glob("*.py"))
-                near = difflib.get_close_matches(file, there, n=1)
-                _refuse(f"There is no config file '{file}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+        file = _config_file(argv)
         try:
             rest = flags.FLAGS(argv)
             if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-                flags.FLAGS.config.keys()  # a config file that is missing fails only when it is read
-        except (AttributeError, KeyError) as error:  # how a ConfigDict says that it has no such key
-            text = str(error.args[0] if error.args else error).replace("\\n", " ")
-            if "no attribute 'get_config'" in text:
-                _refuse(
-                    f"'{files[-1]}' has no function get_config(arg) that returns a ConfigDict; see configs/base.py."
-                )
-            near = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text)
-            if near:
-                _refuse(f"Unknown config key '{near[1]}'. Did you mean '{near[2]}'?")
-            _refuse(_unknown_key(text.strip("'\"")))
-        except (flags.Error, OSError, ImportError, SyntaxError, TypeError, ValueError) as error:
-            missing = re.search(r"Flag (--\w+) must have a value", str(error))
-            if missing and missing[1] == "--config" and files:
-                _refuse(f"get_config of '{files[-1]}' returns None, and not a ConfigDict.")
-            _refuse(f"Give {missing[1]}=...: it is required, and --help says what it is." if missing else error)
+                flags.FLAGS.config.keys()  # what is wrong with a config file is raised only when it is read
+        except (
+            flags.Error,
+            AttributeError,
+            ImportError,
+            KeyError,
+            OSError,
+            SyntaxError,
+            TypeError,
+            ValueError,
+        ) as error:
+            _refuse(_explained(error, file))
         if rest[1:]:
             _refuse(f"Unexpected argument '{rest[1]}': flags are written --name=value.")
         return rest
@@ -80,6 +67,38 @@ def launch(main: Callable[[], Any]) -> None:
         os._exit(130)  # the device may be computing still: an orderly exit would pull its memory away
 
 
+def _config_file(argv: list[str]) -> str | None:
+    """The file that --config names, which must be there; of several, the last counts."""
+    file = None
+    for word, after in zip(argv, [*argv[1:], ""], strict=True):
+        if word == "--config" or word.startswith("--config="):
+            file = (after if word == "--config" else word.removeprefix("--config=")).split(":")[0]
+            if not Path(file).is_file():
+                there = sorted(str(path) for path in Path(file).parent.glob("*.py"))
+                near = difflib.get_close_matches(file, there, n=1)
+                _refuse(f"There is no config file '{file}'." + (f" Did you mean '{near[0]}'?" if near else ""))
+    return file
+
+
+def _explained(error: Exception, file: str | None) -> str:
+    """What went wrong with the flags or the config file, for people."""
+    text = str(error)
+    if isinstance(error, AttributeError | KeyError):  # how a ConfigDict says that it has no such key
+        text = str(error.args[0] if error.args else error).replace("\\n", " ")
+        if "no attribute 'get_config'" in text:
+            return f"'{file}' has no function get_config(arg) that returns a ConfigDict; see configs/base.py."
+        near = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text)
+        return f"Unknown config key '{near[1]}'. Did you mean '{near[2]}'?" if near else _unknown_key(text.strip("'\""))
+    missing = re.search(r"Flag (--\w+) must have a value", text)
+    if missing and missing[1] == "--config" and file:
+        return f"get_config of '{file}' returns None, and not a ConfigDict."
+    if missing:
+        return f"Give {missing[1]}=...: it is required, and --help says what it is."
+    if "Traceback (most recent call last)" in text:  # of a config file that raised: its last line says why
+        return re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
+    return text
+
+
 _OUT_OF_MEMORY = (
     "There is not enough memory: lower data.batch_size, data.window, eval.batch_size or eval.window, raise "
     "train.accumulation, or set train.loss_chunk or model.remat; when sampling, ask for fewer samples at once."
@@ -110,8 +129,5 @@ def _unraisable(unraisable: Any) -> None:
 
 
 def _refuse(error: BaseException | str) -> None:
-    text = str(error)
-    if "Traceback (most recent call last)" in text:  # of a config file that raised: its last line says why
-        text = re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
-    print(f"error: {' '.join(text.split())}", file=sys.stderr)
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     sys.exit(2)
