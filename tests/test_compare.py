@@ -236,6 +236,12 @@ def test_a_folder_of_another_comparison_is_refused(done, text, tmp_path):
     del saved["config"]["model"]["scan_layers"]
     (copy / "comparison.json").write_text(json.dumps(saved))
     compare.Session(asked(text), copy)  # a key that was not there yet
+    plan = json.loads((copy / "plan.json").read_text())
+    name, count = next(iter(plan["parameters"].items()))
+    plan["parameters"][name] += 1
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=f"'{name}' with {count + 1:,} parameters, and the code now makes {count:,}"):
+        compare.Session(asked(text), copy)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no comparison"):

@@ -194,6 +194,8 @@ def test_gradients_reach_every_parameter(variant):
 def test_remat_changes_no_gradient(variant):
     plain, params = make(*variant)
     model, _ = make(*variant, {"model.remat": True})
+    heeded = lambda model: "remat" in str(jax.make_jaxpr(lambda p: gradient(model, p))(params))
+    assert (heeded(plain), heeded(model)) == (False, True)
     jax.tree.map(lambda a, b: close(a, b, 1e-4), gradient(plain, params), gradient(model, params))
 
 

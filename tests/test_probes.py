@@ -165,3 +165,8 @@ def test_a_workdir_of_something_else_is_refused(tmp_path):
     other = probes.cells_from(config_of("parity", {"probes.backbones": ("lstm",), "model.width": 16}))
     with pytest.raises(UserError, match=r"holds parity-lstm with config.model.width 8, not 16"):
         probes.Probes(other, tmp_path / "run")
+    kept = tmp_path / "run" / "cells" / "parity-lstm.json"
+    saved = json.loads(kept.read_text())
+    del saved["settings"]["config"]["model"]["scan_layers"]
+    kept.write_text(json.dumps(saved))
+    assert probes.Probes(cells, tmp_path / "run").results  # a key that was not there yet

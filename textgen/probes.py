@@ -224,6 +224,8 @@ class Probes:
             path = self.folder / f"{cell.name}.json"
             if path.exists():
                 kept = checkpoints.read_json(path, "results of a probe")
+                # A key that came later is taken up at its default, as a single run does.
+                kept["settings"]["config"] = config_lib.to_dict(config_lib.from_dict(kept["settings"]["config"]))
                 for key, (old, new) in config_lib.differences(kept["settings"], cell.settings()).items():
                     raise UserError(
                         f"'{self.workdir}' holds {cell.name} with {key} {old!r}, not {new!r}: "

@@ -104,6 +104,10 @@ RECURRENCES = {
 }
 
 
+# Backbone -> the groups of keys under model. that it reads, where they are not the one of its own name.
+GROUPS = {"hybrid": ("transformer",)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     backbone: str
@@ -147,7 +151,7 @@ class ModelConfig:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of keys that the backbone reads."""
-        return ("transformer",) if self.backbone == "hybrid" else (self.backbone,)
+        return GROUPS.get(self.backbone, (self.backbone,))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -73,16 +73,16 @@ def utilisation(cost: Cost, seconds: float | None) -> float | None:
 
 
 def with_width(config: Config, width: int) -> Config:
-    """The config with another width; feed-forward widths keep their proportion to it.
+    """The config with another width; the feed-forward widths of all groups keep their proportion to it.
 
     Raises:
       UserError: the heads do not divide it.
     """
     scaled = {}
-    for name in ("transformer", "mingru"):
-        group = getattr(config.model, name)
-        feed_forward = max(round(group.feed_forward_width * width / config.model.width), 1)
-        scaled[name] = dataclasses.replace(group, feed_forward_width=feed_forward)
+    for name, group in vars(config.model).items():
+        if hasattr(group, "feed_forward_width"):
+            feed_forward = max(round(group.feed_forward_width * width / config.model.width), 1)
+            scaled[name] = dataclasses.replace(group, feed_forward_width=feed_forward)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, width=width, **scaled))
 
 
@@ -148,7 +148,7 @@ def _solve_width(name: str, config: Config, budget: BudgetConfig, value: float, 
 
     def admissible(width: int) -> bool:
         try:
-            return bool(with_width(config, width))
+            return bool(models.build(with_width(config, width), vocab_size))
         except UserError:
             return False
 

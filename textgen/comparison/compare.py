@@ -44,7 +44,8 @@ class Session:
         if plan is None:
             plan = budget.solve(self.base, comparison.configs, self.compare.budget, self.vocab_size, self._step_seconds)
             self._check(plan[1])
-            self.ledger.save_plan(*plan)
+            sizes = {name: budget.cost(config, self.vocab_size).parameters for name, config in plan[1].items()}
+            self.ledger.save_plan(*plan, sizes)
             checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
         checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
         self.value, configs = plan
@@ -54,6 +55,7 @@ class Session:
             for name, config in configs.items()
         }
         self.costs = {name: budget.cost(config, self.vocab_size) for name, config in self.configs.items()}
+        self.ledger.check_sizes({name: cost.parameters for name, cost in self.costs.items()})
 
     def _check(self, configs: Mapping[str, Config]) -> None:
         """Whatever a run would refuse is refused before the first one."""

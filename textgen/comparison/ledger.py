@@ -75,13 +75,27 @@ class Ledger:
         saved = checkpoints.read_json(self.workdir / "plan.json", "its plan")
         return saved["value"], {name: config_lib.from_dict(tree) for name, tree in saved["configs"].items()}
 
-    def save_plan(self, value: float, configs: Mapping[str, Config]) -> None:
+    def check_sizes(self, parameters: Mapping[str, int]) -> None:
+        """Refuses to go on where the code makes other models of the plan's configs than it did then."""
+        saved = checkpoints.read_json(self.workdir / "plan.json", "its plan").get("parameters", {})
+        for name, count in saved.items():
+            require(
+                parameters[name] == count,
+                f"'{self.workdir}' compares '{name}' with {count:,} parameters, and the code now makes "
+                f"{parameters[name]:,} of the same settings: give a new --workdir.",
+            )
+
+    def save_plan(self, value: float, configs: Mapping[str, Config], parameters: Mapping[str, int]) -> None:
         """Makes the folder: from now on it is this comparison's."""
         try:
             self.workdir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"The workdir '{self.workdir}' cannot be made: {error.strerror}.") from None
-        plan = {"value": value, "configs": {name: config_lib.to_dict(config) for name, config in configs.items()}}
+        plan = {
+            "value": value,
+            "configs": {name: config_lib.to_dict(config) for name, config in configs.items()},
+            "parameters": dict(parameters),
+        }
         checkpoints.write_json(self.workdir / "plan.json", plan)
         checkpoints.write_json(self.workdir / "comparison.json", self._record)
 

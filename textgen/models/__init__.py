@@ -9,8 +9,14 @@ A backbone is a Linen module that turns a sequence into a sequence and carries i
     max_positions -> int | None                         the longest sequence, if there is one
     flops_per_token(length) -> float                    of a forward pass, in a window of so many tokens
 
-No carry in (a fresh sequence), none out. With train=True it drops config.dropout of its activations;
-keys of its own go into configs/base.py and textgen/schema.py. The contract is tested for every name in BACKBONES.
+No carry in (a fresh sequence), none out. With train=True it drops config.dropout of its activations. It heeds
+config.remat, config.norm and config.compute_dtype, and looks back over 4 tokens or more in a layer. The contract
+is tested for every name in BACKBONES.
+
+Keys of its own are a group `model.NAME` in configs/base.py and textgen/schema.py, there with a default, at which
+older runs are loaded. If it reads another's group, it stands in schema.GROUPS; whether it has model.scan_layers,
+model.recurrence or model.context is told in textgen/schema.py and textgen/config.py.
+
 "ngram" is no backbone but a whole model, which is counted.
 """
 
