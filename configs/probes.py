@@ -25,7 +25,7 @@ TASKS = {
 
 
 def get_config(arg: str = ""):
-    """Args: arg: names of tasks, with commas; none: all."""
+    """Args: arg: names in textgen.tasks.TASKS, with commas; none: all that stand above."""
     names = arg.split(",") if arg else list(TASKS)
     config = base.get_config()
     config.corpus.name = "none"  # the tasks are generated

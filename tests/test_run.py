@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import TEXT, tiny
+from ml_collections import ConfigDict
 
 import textgen
 from textgen import assess, checkpoints, config, logs, run, train
@@ -53,6 +54,15 @@ def params_equal(a, b):
 
 def curve(workdir):
     return [{k: v for k, v in row.items() if not k.startswith("speed/")} for row in logs.read_metrics(workdir)]
+
+
+def test_from_python_a_configdict_will_do_and_the_session_has_the_trained_model(tmp_path):
+    given = ConfigDict(config.to_dict(configured(tmp_path / "text.txt", {"train.steps": 4})))
+    (tmp_path / "text.txt").write_text(TEXT)
+    session = run.open_session(given, tmp_path / "run")
+    session.run()
+    assert session.model.step == 4
+    params_equal(session.model.params, textgen.load(tmp_path / "run").params)
 
 
 # --- what a run leaves behind

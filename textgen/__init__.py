@@ -44,6 +44,10 @@ width, F feed-forward width, L layers, S slots of a past, N sequences or tokens 
 __all__ = ["UserError", "load"]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
 def __getattr__(name: str):
     # Imported on first use: `import textgen` alone costs nothing.
     if name == "load":

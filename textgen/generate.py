@@ -277,7 +277,7 @@ _remember = jax.jit(Chain.init, static_argnums=(3, 4))
 
 def bucket(n: int) -> int:
     """The least power of two that is at least n, or 16."""
-    return max(16, 1 << (n - 1).bit_length())
+    return max(16, 1 << (int(n) - 1).bit_length())
 
 
 def uniforms(keys: Any, position: Any) -> tuple[Any, Any]:

@@ -90,10 +90,10 @@ class Writer:
         self._board.close()
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl; a last one that was cut off is left out."""
     rows = []
-    path = workdir / "metrics.jsonl"
+    path = Path(workdir) / "metrics.jsonl"
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from textgen import assess, data, inference, logs, models, parallel, train
 from textgen import checkpoints as checkpoints_lib
@@ -230,6 +231,7 @@ class Session:
     def _finish(self, step: int, params: Any, writer: logs.Writer) -> dict[str, float]:
         """The last evaluation, in windows and as a stream, and samples; printed, logged and returned."""
         config, model = self.config, self.model.with_params(params, step)
+        self.model = model
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
         reports = {name: assess.evaluate_both(model, split) for name, split in splits.items() if split is not None}
         final = {}
@@ -296,8 +298,15 @@ class Counted:
     eval_params: ngram.Tables
 
 
-def open_session(config: Config, workdir: str | Path, overrides: Mapping[str, Any] | None = None) -> Session:
-    """The session that the config's model takes: see Session."""
+def open_session(
+    config: Config | ConfigDict, workdir: str | Path, overrides: Mapping[str, Any] | None = None
+) -> Session:
+    """The session that the config's model takes: see Session.
+
+    >>> session = run.open_session(tiny.get_config("lstm"), "runs/mine")
+    >>> session.run()  # trains; what was trained is session.model, or textgen.load("runs/mine")
+    """
+    config = config if isinstance(config, Config) else config_lib.from_dict(config)
     kind = CountingSession if config.model.backbone == "ngram" else Session
     return kind(config, workdir, overrides)
 

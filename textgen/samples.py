@@ -53,8 +53,15 @@ class Sample:
 
     def record(self) -> dict[str, Any]:
         """Everything, for JSON; the figures to six digits."""
-        plain = lambda v: [round(x, 6) for x in v.tolist()] if isinstance(v, np.ndarray) else v
-        return {k: plain(v) for k, v in vars(self).items()}
+
+        def plain(v: Any) -> Any:
+            if isinstance(v, dict):
+                return {name: plain(x) for name, x in v.items()}
+            if isinstance(v, np.ndarray):
+                return [round(x, 6) for x in v.tolist()]
+            return v.item() if isinstance(v, np.generic) else v
+
+        return plain(vars(self))
 
 
 class Ending:
@@ -113,7 +120,7 @@ def check_stops(stops: str | Sequence[str], min_length: int, length: int, tokeni
       UserError: an empty one, one that the tokenizer cannot encode, or min_length outside 0 ... length.
     """
     require(length >= 1, f"length must be 1 or more, got {length}.")
-    stops = (stops,) if isinstance(stops, str) else tuple(stops)
+    stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
     for stop in stops:
         require(stop != "", "A stop text is empty: it would end every text before it begins.")
         tokenizer.encode(stop)
@@ -159,6 +166,10 @@ def check_rows(chain: sampling.Chain, rows: int) -> None:
 
 Sampler = sampling.Chain | sampling.Transform | str  # a chain, one transformation, or a text that names some
 PLAIN = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical")
+OTHERS = (
+    "length", "min_length", "stop", "num_samples", "first_sample", "seed", "guidance", "second_prompt", "decoder",
+    "draft", "gamma", "sampler",
+)  # fmt: skip
 
 
 def make_chain(sampler: Sampler | None = None, encode: Any = None, **plain: Any) -> sampling.Chain:
@@ -170,7 +181,7 @@ def make_chain(sampler: Sampler | None = None, encode: Any = None, **plain: Any)
       UserError: an impossible or unknown setting, or a sampler and plain settings at once.
     """
     for name in set(plain) - set(PLAIN):
-        raise UserError(f"There is no option '{name}' here.{did_you_mean(name, PLAIN)}")
+        raise UserError(f"There is no option '{name}' here.{did_you_mean(name, [*PLAIN, *OTHERS])}")
     given = {name: plain[name] for name in PLAIN if plain.get(name) is not None}
     if sampler is not None:
         require(not given, f"Give either a sampler or {', '.join(given)}: their order would be a guess.")

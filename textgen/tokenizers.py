@@ -30,7 +30,7 @@ class Tokenizer(Protocol):
     vocab_size: int
 
     def encode(self, text: str) -> Ids:
-        """Token ids [N]. Raises UserError for text that has no token."""
+        """Token ids [N], of `id_dtype`: cast before adding to them. Raises UserError for text that has no token."""
         ...
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
