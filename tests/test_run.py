@@ -143,7 +143,7 @@ def test_evaluation_of_a_file(finished, tmp_path):
     report = assess.evaluate_model(lm, text=str(tmp_path / "a.txt"))["stream"]
     np.testing.assert_allclose(report.loss, -lm.score("The river went by the mill.").mean(), rtol=1e-5)
     assert json.loads(assess.reports_as_json({"stream": report}))["stream"]["tokens"] == 26
-    with pytest.raises(UserError, match="--text takes a file"):
+    with pytest.raises(UserError, match="There is no file"):
         assess.evaluate_model(lm, text=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has no test split"):
         assess.evaluate_model(lm, split="test")

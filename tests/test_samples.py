@@ -82,6 +82,7 @@ def assert_made_again(lm, sample):
     """By its record; another batch may round its figures otherwise."""
     again = lm.replay(json.loads(json.dumps(sample.record())))
     np.testing.assert_array_equal(again.tokens, sample.tokens)
+    np.testing.assert_array_equal(lm.replay(sample).tokens, sample.tokens)
     np.testing.assert_allclose(again.log_probability, sample.log_probability, atol=1e-4)
     assert (again.text, again.recipe, again.stopped) == (sample.text, sample.recipe, sample.stopped)
 

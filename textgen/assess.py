@@ -31,7 +31,7 @@ def evaluate_model(lm: TextModel, *, split: str = "validation", text: str | None
       UserError: no such split or file, or text that the tokenizer cannot encode.
     """
     if text is not None:
-        require(Path(text).is_file(), f"--text takes a file, and there is none '{text}'.")
+        require(Path(text).is_file(), f"There is no file '{text}' to evaluate.")
         encoded = data.encode(corpora.read_file(Path(text)), lm.tokenizer)
         require(len(encoded.tokens) >= 2, f"'{text}' has fewer than two tokens: there is nothing to predict.")
         return evaluate_both(lm, encoded)

@@ -216,15 +216,13 @@ class TextModel:
             **options,
         )
 
-    def replay(self, record: Mapping[str, Any]) -> Sample:
-        """Makes a recorded sample again.
-
-        Args:
-          record: of `Sample.record()`.
+    def replay(self, record: Mapping[str, Any] | Sample) -> Sample:
+        """Makes a sample again, from itself or its `record()`.
 
         Raises:
           UserError: a record that lacks a setting, or one of another checkpoint.
         """
+        record = record.record() if isinstance(record, Sample) else record
         options = recipe_of(record, inspect.signature(self.samples).parameters)
         step, sample, source = options.pop("step"), options.pop("sample"), options.pop("draft_step", None)
         require(step == self.step, f"The sample was made at step {step}, and these parameters are of step {self.step}.")
@@ -289,7 +287,7 @@ class TextModel:
         Raises:
           UserError: fewer than two tokens, or a character that the vocabulary lacks.
         """
-        tokens, limit = self.tokenizer.encode(text), self.model.max_positions
+        tokens, limit = tokenizers.encode(self.tokenizer, text), self.model.max_positions
         return -self.nats(tokens, stream=limit is None or len(tokens) - 1 <= limit)
 
     def nats(self, tokens: data.Tokens, *, stream: bool) -> Float[np.ndarray, "M"]:
@@ -315,11 +313,12 @@ class TextModel:
 
     def encode_prompt(self, prompt: str) -> Integer[np.ndarray, "T"]:
         """The ids of a prompt. Raises UserError where it is empty, or has a character that the vocabulary lacks."""
+        tokens = tokenizers.encode(self.tokenizer, prompt)
         require(
-            len(prompt) > 0,
+            len(tokens) > 0,
             "The prompt is empty, and there is no start token: give at least one character, such as '\\n'.",
         )
-        return self.tokenizer.encode(prompt)
+        return tokens
 
     @staticmethod
     def _keys(seed: int, prompts: int, numbers: range | None) -> Any:

@@ -187,7 +187,13 @@ def make_chain(sampler: Sampler | None = None, encode: Any = None, **plain: Any)
         require(not given, f"Give either a sampler or {', '.join(given)}: their order would be a guess.")
         if isinstance(sampler, sampling.Transform):
             return sampling.chain(sampler)
-        return sampling.parse(sampler, encode) if isinstance(sampler, str) else sampler
+        if isinstance(sampler, str):
+            return sampling.parse(sampler, encode)
+        require(
+            isinstance(sampler, sampling.Chain),
+            f"A sampler is a chain or its text, such as 'temperature(0.8), top_p(0.95)', got {sampler!r}.",
+        )
+        return sampler
     if not given:
         given = {"temperature": 1.0}
     return sampling.chain(*(sampling.TRANSFORMS[name](value) for name, value in given.items()))

@@ -107,6 +107,12 @@ class LibraryTokenizer:
         return {"kind": self.kind, "tokenizer": json.loads(self.tokenizer.to_str())}
 
 
+def encode(tokenizer: Tokenizer, text: str) -> Ids:
+    """The ids of a text. Raises UserError where it is none, or has a character that the vocabulary lacks."""
+    require(isinstance(text, str), f"A text is wanted, got {text!r}: tokenizer.decode makes one of token ids.")
+    return tokenizer.encode(text)
+
+
 # A word or a run of marks, with the space before it, or one white-space character.
 _WORD = hf.Regex(r" ?\w+| ?[^\w\s]|\s")
 
