@@ -147,6 +147,7 @@ def test_train_interrupt_resume_sample_evaluate(folder, call):
         ("train", ["--config.width=64"], "Unknown config key 'width'. Did you mean model.width?"),
         ("train", ["--config.optimizer.momentum=0.5"], "is read with optimizer.name=muon or sgd, and it is adamw"),
         ("train", ["--config.tokenizer.vocab_size=500"], "is read with tokenizer.kind=words or bpe"),
+        ("train", ["--config.log.profile_steps=5"], "is read where log.profile_step is set, and it is None"),
         ("train", ["--config.corpus.path="], "corpus.path is empty"),
         ("evaluate", ["--workdir=x", "--text=y", "--split=train"], "leave out --split"),
         (

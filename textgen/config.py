@@ -126,15 +126,17 @@ def differences(old: Mapping, new: Mapping) -> dict[str, tuple[Any, Any]]:
     return {k: (old.get(k), new.get(k)) for k in sorted({*old, *new}) if old.get(k) != new.get(k)}
 
 
-READ_WITH = {  # key -> (the key that decides whether it is read, with which of its values)
+READ_WITH = {  # key -> (the key that decides whether it is read, with which of its values; (): with any but None)
     "optimizer.momentum": ("optimizer.name", ("muon", "sgd")),
     "optimizer.newton_schulz_steps": ("optimizer.name", ("muon",)),
     "optimizer.beta1": ("optimizer.name", ("adamw", "muon", "lion")),
     "optimizer.beta2": ("optimizer.name", ("adamw", "muon", "lion")),
+    "optimizer.final_fraction": ("optimizer.schedule", ("cosine", "linear", "wsd")),
     "optimizer.decay_fraction": ("optimizer.schedule", ("wsd",)),
     "tokenizer.vocab_size": ("tokenizer.kind", ("words", "bpe")),
     "model.context": ("model.backbone", ("transformer", "hybrid")),
     "model.transformer.rope_base": ("model.transformer.positions", ("rope",)),
+    "log.profile_steps": ("log.profile_step", ()),
 }
 
 
@@ -153,9 +155,10 @@ def check_overrides(config: Config, overrides: Mapping[str, Any]) -> None:
         if key in READ_WITH:
             decides, values = READ_WITH[key]
             chosen = flatten(to_dict(config))[decides]
+            where = f"with {decides}={' or '.join(values)}" if values else f"where {decides} is set"
             require(
-                chosen in values,
-                f"--config.{key} is read with {decides}={' or '.join(values)}, and it is {chosen}: leave it out.",
+                chosen in values if values else chosen is not None,
+                f"--config.{key} is read {where}, and it is {chosen}: leave it out.",
             )
 
 
