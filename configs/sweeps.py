@@ -102,7 +102,7 @@ def _defaults() -> ConfigDict:
 
     compare.rule = ConfigDict()  # of the verdict, fixed before the run
     compare.rule.confidence = 0.95  # of intervals
-    compare.rule.block = 512  # tokens that a bootstrap keeps together
+    compare.rule.block = 512  # tokens that count as one: neighbours are alike
     compare.rule.smallest_difference = 0.01  # nats per character; less is of no interest
     return compare
 

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,7 @@ def launch(main: Callable[[], Any]) -> None:
             rest = flags.FLAGS(argv)
             if "config" in flags.FLAGS and flags.FLAGS.config is not None:
                 flags.FLAGS.config.keys()  # what is wrong with a config file is raised only when it is read
-        except (
-            flags.Error,
-            AttributeError,
-            ImportError,
-            KeyError,
-            OSError,
-            SyntaxError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except Exception as error:  # of absl, of ml_collections, or of the config file itself
             _refuse(_explained(error, file))
         if rest[1:]:
             _refuse(f"Unexpected argument '{rest[1]}': flags are written --name=value.")
@@ -56,7 +48,7 @@ def launch(main: Callable[[], Any]) -> None:
             if isinstance(error, UserError | OSError):  # a disk that is full, a folder that is not ours
                 _refuse(error)
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                _refuse(f"{_OUT_OF_MEMORY} ({str(error).splitlines()[0]})")
+                _refuse(f"{_OUT_OF_MEMORY} ({(str(error) or type(error).__name__).splitlines()[0]})")
             raise
 
     try:
@@ -71,8 +63,9 @@ def _config_file(argv: list[str]) -> str | None:
     """The file that --config names, which must be there; of several, the last counts."""
     file = None
     for word, after in zip(argv, [*argv[1:], ""], strict=True):
-        if word == "--config" or word.startswith("--config="):
-            file = (after if word == "--config" else word.removeprefix("--config=")).split(":")[0]
+        given = re.fullmatch(r"--?config(=(.*))?", word)
+        if given:
+            file = (after if given[1] is None else given[2]).split(":")[0]
             if not Path(file).is_file():
                 there = sorted(str(path) for path in Path(file).parent.glob("*.py"))
                 near = difflib.get_close_matches(file, there, n=1)
@@ -82,21 +75,27 @@ def _config_file(argv: list[str]) -> str | None:
 
 def _explained(error: Exception, file: str | None) -> str:
     """What went wrong with the flags or the config file, for people."""
-    text = str(error)
-    if isinstance(error, AttributeError | KeyError):  # how a ConfigDict says that it has no such key
+    text, frames = str(error), traceback.extract_tb(error.__traceback__)
+    if "no attribute 'get_config'" in text:
+        return f"'{file}' has no function get_config(arg) that returns a ConfigDict; see configs/base.py."
+    if isinstance(error, AttributeError | KeyError) and frames[-1].filename.endswith("config_dict.py"):
         text = str(error.args[0] if error.args else error).replace("\\n", " ")
-        if "no attribute 'get_config'" in text:
-            return f"'{file}' has no function get_config(arg) that returns a ConfigDict; see configs/base.py."
-        near = re.search(r"(\w+)\W+Did you mean \"(\w+)\"", text)
-        return f"Unknown config key '{near[1]}'. Did you mean '{near[2]}'?" if near else _unknown_key(text.strip("'\""))
+        near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
+        if near:
+            return f"Unknown config key '{near[2]}'. Did you mean '{near[1]}'?"
+        locked = re.search(r'Key "(\w+)" does not exist', text)
+        return _unknown_key(locked[1] if locked else text.strip("'\""))
     missing = re.search(r"Flag (--\w+) must have a value", text)
     if missing and missing[1] == "--config" and file:
         return f"get_config of '{file}' returns None, and not a ConfigDict."
     if missing:
         return f"Give {missing[1]}=...: it is required, and --help says what it is."
-    if "Traceback (most recent call last)" in text:  # of a config file that raised: its last line says why
-        return re.sub(r"^[\w.]+: ", "", text.strip().splitlines()[-1])
-    return text
+    lines = [frame.lineno for frame in frames if file and Path(frame.filename).resolve() == Path(file).resolve()]
+    if "Traceback (most recent call last)" in text:  # of a config file that raised: the end says why
+        return re.split(r"^[\w.]*(?:Error|Exception)\w*: ", text, flags=re.MULTILINE)[-1]
+    if lines and not isinstance(error, ValueError):
+        return f"'{file}', line {lines[-1]}: {type(error).__name__}: {text}"
+    return text.removeprefix("Configuration is not available because of an earlier failure to load: ")
 
 
 _OUT_OF_MEMORY = (

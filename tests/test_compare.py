@@ -211,6 +211,37 @@ def test_an_arm_that_fails_and_one_that_diverges_are_reported(text, tmp_path, mo
     assert [run["status"] for run in again["arms"][0]["runs"]] == ["done"] * 2
 
 
+def test_a_loss_that_is_not_finite_counts_as_diverged(text, tmp_path, monkeypatch):
+    """Also where the steps that blow up are too few to give up."""
+    monkeypatch.setattr(compare.report, "write", lambda folder: [])
+    chosen = {
+        "good": {"model.layers": 1},
+        "wild": {"model.layers": 1, "optimizer.name": "sgd", "optimizer.weight_decay": 1e30},
+    }
+    rates = {"compare.learning_rates": (1e-3,), "compare.budget.kind": "tokens", "train.max_skipped_steps": 500}
+    results = compare.Session(asked(text, rates, chosen), tmp_path / "tuned").run()
+    assert [[row["dev_loss"] is None for row in arm["tuning"]] for arm in results["arms"]] == [[False], [True]]
+    assert results["arms"][1]["runs"][0]["error"] == "it diverged with every learning rate"
+    results = compare.Session(asked(text, rates | {"compare.learning_rates": ()}, chosen), tmp_path / "fixed").run()
+    assert [[run["status"] for run in arm["runs"]] for arm in results["arms"]] == [["done"] * 2, ["diverged"] * 2]
+    assert "not finite at the last step" in results["arms"][1]["runs"][0]["error"]
+
+
+def test_a_stop_while_the_folder_is_made_and_another_tokenizer_change_nothing(done, text, tmp_path):
+    folder, names = tmp_path / "r", ("plan.json", "tokenizer.json", "corpus.json", "comparison.json")
+    for made in range(1, 4):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for name in names[:made]:
+            shutil.copy(done[0] / name, folder)
+        compare.Session(asked(text), folder)
+        assert {path.name for path in folder.iterdir()} == set(names)
+    kept = json.loads((folder / "tokenizer.json").read_text())
+    other = kept | {"alphabet": kept["alphabet"][::-1]}  # as a tokenizer of the user's might have changed
+    (folder / "tokenizer.json").write_text(json.dumps(other))
+    assert compare.Session(asked(text), folder).dataset.tokenizer.state() == other
+
+
 def test_arms_that_differ_in_the_rate_alone_are_one_program(text, tmp_path, monkeypatch):
     seen = []
     original = jobs.Job.__init__
@@ -254,6 +285,8 @@ def test_a_folder_of_another_comparison_is_refused(done, text, tmp_path):
         ({"compare.budget.value": 3.0}, None, "no width comes within"),
         ({"compare.dev_fraction": 0.9999}, None, "A window takes"),
         ({"sample.prompt": "\u2603"}, None, "sample.prompt"),
+        ({"sample.prompt": ""}, None, "sample.prompt: The prompt is empty"),
+        ({"eval.window": 9999}, None, "eval.window=9999 takes 10000 tokens"),
         ({"mesh.fsdp": 2}, None, "whole on every device"),
         (
             {"compare.budget.kind": "tokens", "compare.budget.value": 768.0},

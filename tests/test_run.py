@@ -136,6 +136,24 @@ def test_checkpoints_are_chosen_by_name(finished):
         textgen.load(workdir, checkpoint=7)
 
 
+@pytest.mark.parametrize(
+    ("losses", "kept", "best"),
+    [
+        ([2.0, 1.0, 1.5, 1.6], [2, 4], 2),
+        ([2.0, 1.0, math.nan, None, math.inf], [2, 5], 2),
+        ([math.nan, None], [2], None),
+    ],
+)
+def test_the_best_checkpoint_stays_whatever_comes_after_it(tmp_path, losses, kept, best):
+    made = checkpoints.Checkpoints(tmp_path, keep=1)
+    state = dataclasses.make_dataclass("State", ["eval_params"])({"w": np.zeros(2, np.float32)})
+    for step, loss in enumerate(losses, 1):
+        made.save(step, state, loss)
+        made.wait()
+    assert (made.steps()[-len(kept) :], made.best_step()) == (kept, best)
+    made.close()
+
+
 def test_evaluation_of_a_file(finished, tmp_path):
     workdir, _ = finished
     lm = textgen.load(workdir)
@@ -252,7 +270,7 @@ def test_fewer_steps_than_there_are_and_another_text_are_refused(finished, tmp_p
         with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
             run.Session(other, tmp_path / "r")
     assert capsys.readouterr().err.count("the learning rate is that of the new schedule") == 1
-    checkpoints.save_digest(tmp_path / "r", "0" * 64)
+    checkpoints.write_json(tmp_path / "r" / "corpus.json", {"sha256": "0" * 64})
     with pytest.raises(UserError, match=r"The text is not the one that .* began with: its sha256 was 000000000000"):
         run.Session(settings, tmp_path / "r")
     with pytest.raises(UserError, match="The text is not the one"):
@@ -281,6 +299,32 @@ def test_workdirs_that_are_no_runs_are_refused(text_file, tmp_path):
         textgen.load(tmp_path / "absent")
     with pytest.raises(UserError, match="is no run of this project"):
         textgen.load(tmp_path / "full")
+
+
+def test_a_stop_while_the_folder_is_made_costs_nothing(text_file, tmp_path):
+    settings, folder = configured(text_file), tmp_path / "r"
+    run.Session(settings, folder)._save_setup()
+    assert run.Session(settings, folder).resumed  # no checkpoints yet
+    (folder / "config.json").rename(folder / "config.json.tmp")
+    assert not run.Session(settings, folder).resumed
+    (folder / "thesis.tex").write_text("precious")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        run.Session(settings, folder)
+
+
+def test_a_finished_run_logs_its_end_once(finished, tmp_path):
+    settings = copied(finished, tmp_path / "r")
+    before = logs.read_metrics(tmp_path / "r")
+    assert [sum(key in row for row in before) for key in ("validation_stream/loss", "speed/compile_seconds")] == [1, 1]
+    assert run.Session(settings, tmp_path / "r").run() == finished[1]
+    assert logs.read_metrics(tmp_path / "r") == before
+
+
+def test_a_profile_that_lies_behind_is_said_to_be_missing(finished, tmp_path, capsys):
+    settings = copied(finished, tmp_path / "r")
+    log = dataclasses.replace(settings.log, profile_step=3)
+    run.Session(dataclasses.replace(settings, log=log), tmp_path / "r").run()
+    assert "No profile: the run goes on from step 12, and log.profile_step=3" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings(

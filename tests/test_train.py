@@ -72,6 +72,32 @@ def test_the_rate_leaves_out_the_dispatch_that_compiles(monkeypatch):
     assert [step for step, _, _ in seen] == [8, 12]
 
 
+def test_the_curve_has_the_rate_that_the_optimizer_took():
+    config = tiny({"optimizer.warmup_steps": 4, "log.every_steps": 1, "train.steps": 8})
+    rows = {name: np.ones(8, np.float32) for name in train.SUMS}
+    rows["skipped"] = np.array([0, 1, 2, 2, 2, 2, 2, 2], np.float32)  # the second and third step changed nothing
+    made = list(train.curve(config, 8.0, 0, 8, rows, train.Timing(1.0, 0.0)))
+    rates = [row["train/learning_rate"] / config.optimizer.learning_rate for _, row in made]
+    np.testing.assert_allclose(rates[:5], [0.25, 0.25, 0.25, 0.5, 0.75], rtol=1e-6)
+
+
+def test_a_signal_between_two_looks_waits_for_the_next_turn():
+    """Whatever is saved has been read: no row of the curve is lost."""
+    trainer, batches = trainer_of({"train.steps_per_dispatch": 4})
+    looks, read, saved = iter([False, True, True, True, True]), [], []
+    with pytest.raises(train.Interrupted):
+        train.drive(
+            trainer,
+            trainer.init(),
+            batches,
+            read=lambda first, count, *_: read.append(first + count),
+            pauses=[],
+            save=lambda step, _: saved.append(step),
+            stopping=lambda: next(looks),
+        )
+    assert read[-1] == saved[-1] == 8
+
+
 @pytest.mark.parametrize(
     ("name", "order", "devices"),
     [("lstm", "stream", 2), pytest.param("transformer", "shuffled", 2, marks=pytest.mark.slow)]
@@ -282,8 +308,8 @@ def test_schedules_warm_up_and_end_where_they_should(name):
 @pytest.mark.parametrize("warmup", [0, 1, 7])
 def test_the_last_step_has_the_final_fraction_and_the_first_without_warm_up_the_peak(warmup):
     config = tiny({"optimizer.warmup_steps": warmup, "train.steps": 20}).optimizer
-    for name in ("cosine", "linear"):
-        shape = optimizers.schedule(dataclasses.replace(config, schedule=name), 20)
+    for name, decay in (("cosine", 0.2), ("linear", 0.2), ("wsd", 0.2), ("wsd", 1.0)):
+        shape = optimizers.schedule(dataclasses.replace(config, schedule=name, decay_fraction=decay), 20)
         np.testing.assert_allclose([shape(0), shape(19)], [1 / max(warmup, 1), 0.1], rtol=1e-5)
 
 

@@ -2,9 +2,10 @@
 
 import difflib
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,23 +47,31 @@ def read_json(path: Path, what: str) -> Any:
         ) from None
 
 
+SETUP = ("overrides.json", "tokenizer.json", "corpus.json", "config.json")  # in the order that they are written
+
+
+def is_new(workdir: Path, setup: Collection[str] = SETUP) -> bool:
+    """Whether a folder is not there or empty, or holds only what was written before a stop cut its setup short."""
+    require(not workdir.exists() or workdir.is_dir(), f"The workdir '{workdir}' is a file.")
+    return not workdir.exists() or all(path.name.removesuffix(".tmp") in setup for path in workdir.iterdir())
+
+
 def save_setup(
     workdir: Path, config: Config, changes: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, digest: str
 ) -> None:
-    """Writes the differences from the config file, tokenizer.json, the text's digest, and last config.json."""
+    """Writes the differences from the config file, the tokenizer, the text's digest, and last config.json."""
+    values = dict(changes), tokenizer.state(), {"sha256": digest}, config_lib.to_dict(config)
+    make_folder(workdir, dict(zip(SETUP, values, strict=True)))
+
+
+def make_folder(workdir: Path, files: Mapping[str, Any]) -> None:
+    """Makes a folder that holds these files of JSON, written in their order: with the last one it is whole."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"The workdir '{workdir}' cannot be made: {error.strerror}.") from None
-    write_json(workdir / "overrides.json", dict(changes))
-    write_json(workdir / "tokenizer.json", tokenizer.state())
-    save_digest(workdir, digest)
-    write_json(workdir / "config.json", config_lib.to_dict(config))
-
-
-def save_digest(workdir: Path, digest: str) -> None:
-    """Keeps the sha256 of the text that a run or a comparison began with."""
-    write_json(workdir / "corpus.json", {"sha256": digest})
+    for name, value in files.items():
+        write_json(workdir / name, value)
 
 
 def check_digest(workdir: Path, digest: str) -> None:
@@ -147,13 +156,14 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         args = self._ocp.args
+        loss = eval_loss if eval_loss is not None and math.isfinite(eval_loss) else math.inf  # NaN would be the best
         try:
             self._manager.save(
                 step,
                 args=args.Composite(
                     params=args.StandardSave(state.eval_params), state=args.StandardSave(_as_dict(state))
                 ),
-                metrics={"eval/loss": float("inf") if eval_loss is None else eval_loss},
+                metrics={"eval/loss": loss},
             )
         except Exception as error:
             raise self._cannot_write(step, error) from error

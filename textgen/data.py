@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Integer, Shaped
 
-from textgen.config import Config, CorpusConfig, DataConfig, require
+from textgen.config import Config, CorpusConfig, DataConfig, UserError, require
 from textgen.corpora import Corpus, open_corpus
-from textgen.tokenizers import Tokenizer, fit, from_state, id_dtype
+from textgen.tokenizers import Tokenizer, encode_prompt, fit, from_state, id_dtype
 
 Tokens = Shaped[np.ndarray, "N"]  # uint8, uint16 or int32
 
@@ -100,7 +100,8 @@ def load(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     when a file's size or time of change is another.
 
     Raises:
-      UserError: a corpus that cannot be read, or is too short to validate on.
+      UserError: a corpus that cannot be read, or is too short to validate on; a sample.prompt that it has no
+        tokens for.
     """
     corpus = open_corpus(config.corpus)
     folder = _folder(config, corpus, tokenizer)
@@ -123,6 +124,15 @@ def load(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
             split is None or len(split.tokens) > 1,
             f"The {name} split has fewer than two tokens: give a longer text or a larger corpus.{name}_fraction.",
         )
+    window, unseen = config.eval.window, len(dataset.validation.tokens)
+    require(
+        window is None or window < unseen,
+        f"eval.window={window} takes {(window or 0) + 1} tokens, and the validation text has {unseen}.",
+    )
+    try:
+        encode_prompt(dataset.tokenizer, config.sample.prompt)
+    except UserError as error:
+        raise UserError(f"sample.prompt: {error}") from None
     return dataset
 
 

@@ -103,7 +103,7 @@ class TextModel:
           UserError: an empty prompt, one that the tokenizer cannot encode, an impossible setting.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        chain = self.chain(sampler, **plain)
+        chain = make_chain(sampler, self.tokenizer, inspect.signature(self.samples).parameters, **plain)
         check_rows(chain, len(texts) * (num_samples if decoder is None else 1))
         check_guidance(guidance, second_prompt)
         require(gamma is None or draft is not None, "gamma says how many tokens a draft proposes: give one.")
@@ -238,9 +238,7 @@ class TextModel:
 
     def chain(self, sampler: Sampler | None = None, **plain: Any) -> sampling.Chain:
         """The chain that a sampler's text or plain settings describe, checked against the vocabulary."""
-        chain = make_chain(sampler, self.tokenizer.encode, **plain)
-        sampling.check_vocabulary(chain, self.tokenizer.vocab_size)
-        return chain
+        return make_chain(sampler, self.tokenizer, **plain)
 
     def stream(
         self,
@@ -259,7 +257,7 @@ class TextModel:
         """Yields the text as it is made, whole characters only; options as in `samples`."""
         require(chunk >= 1, f"chunk must be 1 or more, got {chunk}.")
         ending = Ending(self.tokenizer, check_stops(stop, min_length, length, self.tokenizer), min_length)
-        chain = self.chain(sampler, **plain)
+        chain = make_chain(sampler, self.tokenizer, inspect.signature(self.stream).parameters, **plain)
         check_rows(chain, 1)
         check_guidance(guidance, second_prompt)
         made = self._parts([prompt], range(1), seed, chain, guidance, second_prompt, length=length, chunk=chunk)
@@ -313,12 +311,7 @@ class TextModel:
 
     def encode_prompt(self, prompt: str) -> Integer[np.ndarray, "T"]:
         """The ids of a prompt. Raises UserError where it is empty, or has a character that the vocabulary lacks."""
-        tokens = tokenizers.encode(self.tokenizer, prompt)
-        require(
-            len(tokens) > 0,
-            "The prompt is empty, and there is no start token: give at least one character, such as '\\n'.",
-        )
-        return tokens
+        return tokenizers.encode_prompt(self.tokenizer, prompt)
 
     @staticmethod
     def _keys(seed: int, prompts: int, numbers: range | None) -> Any:

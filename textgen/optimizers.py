@@ -20,9 +20,9 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     elif config.schedule == "linear":
         shape = optax.linear_schedule(1.0, final, rest)
     elif config.schedule == "wsd":  # warm up, stay, decay (Hu et al. 2024)
-        decay = max(round(config.decay_fraction * steps), 1)
+        decay = min(max(round(config.decay_fraction * steps), 1), rest)
         shape = optax.join_schedules(
-            [optax.constant_schedule(1.0), optax.linear_schedule(1.0, final, decay)], [max(rest - decay, 0)]
+            [optax.constant_schedule(1.0), optax.linear_schedule(1.0, final, decay)], [rest - decay]
         )
     else:
         shape = optax.constant_schedule(1.0)

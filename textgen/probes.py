@@ -185,10 +185,11 @@ def run_cell(cell: Cell, on_step: Callable[[int, float], None], stopping: Callab
         member = ensemble.member(state, i)
         run: dict[str, Any] = {"learning_rate": rate, "seed": seed}
         runs.append(run)
-        if member.skipped_in_a_row >= config.train.max_skipped_steps:
+        choosing = evaluate(model, member.eval_params, cell.task, window, windows, CHOOSING)
+        if member.skipped_in_a_row >= config.train.max_skipped_steps or not np.isfinite(choosing["loss"]):
             run["diverged"] = True
             continue
-        run["choosing"] = evaluate(model, member.eval_params, cell.task, window, windows, CHOOSING)
+        run["choosing"] = choosing
         run["lengths"] = {
             str(n): evaluate(model, member.eval_params, cell.task, n * window, windows, REPORTING)
             for n in cell.probes.lengths

@@ -55,34 +55,28 @@ class Session:
         self.began, self.compiled = time.perf_counter(), len(_compiling)
         self.config, self.workdir, self.overrides = config, Path(workdir), dict(overrides or {})
         config_lib.check_overrides(config, self.overrides)
+        profiled, steps = config.log.profile_step, config.train.steps
+        require(profiled is None or profiled < steps, f"log.profile_step={profiled} must be below train.steps={steps}.")
         self.resumed = (self.workdir / "config.json").exists()
         if self.resumed:
             began = checkpoints_lib.load_config(self.workdir)
             config_lib.check_resume(began, config)
             self._check_steps(began)
-        elif self.workdir.is_dir() and any(self.workdir.iterdir()):
+        elif not checkpoints_lib.is_new(self.workdir):
             raise UserError(f"'{self.workdir}' is not empty and holds no run: give a new --workdir.")
-        require(not self.workdir.exists() or self.workdir.is_dir(), f"The workdir '{self.workdir}' is a file.")
         self.mesh = parallel.make_mesh(config)
         kept = checkpoints_lib.load_tokenizer(self.workdir) if self.resumed else None
         self.dataset = data.load(config, kept)
-        unseen = len(self.dataset.validation.tokens)
-        require(
-            config.eval.window is None or config.eval.window < unseen,
-            f"eval.window={config.eval.window} is longer than the validation text, which has {unseen} tokens.",
-        )
         model = models.build(config, self.dataset.tokenizer.vocab_size)
         if self.resumed:
             checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
         self._prepare(model)
         self.model = inference.TextModel(model, None, self.dataset.tokenizer, config, 0)
-        try:
-            self.model.encode_prompt(config.sample.prompt)
-        except UserError as error:
-            raise UserError(f"sample.prompt: {error}") from None
 
     def _check_steps(self, began: Config) -> None:
         """Refuses fewer steps than there are; says that other steps are another schedule."""
+        if not (self.workdir / "checkpoints").is_dir():  # stopped before there was any
+            return
         steps, old = self.config.train.steps, began.train.steps
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, read_only=True)
         made = max(checkpoints.steps(), default=0)
@@ -183,6 +177,8 @@ class Session:
                 (train.at(first), trace),
                 (train.at(first + config.log.profile_steps), lambda *_: profile.close()),
             ]
+        elif first is not None and not (self.workdir / "plugins").is_dir():
+            note(f"No profile: the run goes on from step {start}, and log.profile_step={first} lies before it.")
         if start:
             done = start == config.train.steps
             logs.console.print(f"finished before, at step {start}" if done else f"resuming at step {start}")
@@ -229,7 +225,7 @@ class Session:
             writer.text(model.step, f"samples/temperature {temperature:g}", sample.prompt + sample.text)
 
     def _finish(self, step: int, params: Any, writer: logs.Writer) -> dict[str, float]:
-        """The last evaluation, in windows and as a stream, and samples; printed, logged and returned."""
+        """The last evaluation, in windows and as a stream, and samples; printed, logged once, and returned."""
         config, model = self.config, self.model.with_params(params, step)
         self.model = model
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
@@ -241,12 +237,14 @@ class Session:
                 final |= report.metrics("eval/" if (name, how) == ("validation", "windows") else f"{name}_{how}/")
             logs.console.print(assess.reports_as_text(both, name))
         show = logs.console.print
-        writer.scalars(step, {k: v for k, v in final.items() if not k.startswith("eval/")})
         for temperature, sample in zip(config.sample.temperatures, self._ladder(model), strict=True):
             show(f"\n[bold]--- temperature {temperature:g} " + "-" * 50)
             show(sample.prompt + sample.text, markup=False)
         compiling = sum(_compiling[self.compiled :])
-        writer.scalars(step, {"speed/compile_seconds": compiling})
+        logged = {key for row in logs.read_metrics(self.workdir) if row["step"] == step for key in row}
+        fresh = {k: v for k, v in {**final, "speed/compile_seconds": compiling}.items() if k not in logged}
+        if fresh:
+            writer.scalars(step, fresh)
         took = _duration(time.perf_counter() - self.began)
         show(f"\ntook {took}, {compiling:.0f} s of it to compile; the curves and the samples of every evaluation:")
         show(f"  tensorboard --logdir {self.workdir.parent} --samples_per_plugin text=100")
@@ -280,7 +278,6 @@ class CountingSession(Session):
         try:
             state = Counted(jax.tree.map(jnp.asarray, self.tables))
             final = self._finish(1, state.eval_params, writer)
-            writer.scalars(1, {k: v for k, v in final.items() if k.startswith("eval/")})
             self._log_samples(self.model.with_params(state.eval_params, 1), writer)
             checkpoints.save(1, state, final["eval/loss"])
             checkpoints.wait()

@@ -166,34 +166,39 @@ def check_rows(chain: sampling.Chain, rows: int) -> None:
 
 Sampler = sampling.Chain | sampling.Transform | str  # a chain, one transformation, or a text that names some
 PLAIN = ("repetition_penalty", "temperature", "top_k", "top_p", "min_p", "typical")
-OTHERS = (
-    "length", "min_length", "stop", "num_samples", "first_sample", "seed", "guidance", "second_prompt", "decoder",
-    "draft", "gamma", "sampler",
-)  # fmt: skip
 
 
-def make_chain(sampler: Sampler | None = None, encode: Any = None, **plain: Any) -> sampling.Chain:
-    """The chain that plain settings stand for: those of PLAIN that are not None, in its order.
+def make_chain(
+    sampler: Sampler | None = None, tokenizer: Tokenizer | None = None, others: Iterable[str] = (), **plain: Any
+) -> sampling.Chain:
+    """The chain that a sampler is, or that plain settings stand for: those of PLAIN that are not None, in its order.
 
-    Without any the temperature is 1. `encode` is the tokenizer's, for samplers that name tokens.
+    Without any the temperature is 1.
+
+    Args:
+      tokenizer: for samplers that name tokens by text, and to see that all tokens are of its vocabulary.
+      others: what else the caller takes: a plain setting that there is not may be meant for it.
 
     Raises:
       UserError: an impossible or unknown setting, or a sampler and plain settings at once.
     """
     for name in set(plain) - set(PLAIN):
-        raise UserError(f"There is no option '{name}' here.{did_you_mean(name, [*PLAIN, *OTHERS])}")
+        raise UserError(f"There is no option '{name}' here.{did_you_mean(name, [*PLAIN, *others])}")
     given = {name: plain[name] for name in PLAIN if plain.get(name) is not None}
-    if sampler is not None:
+    if sampler is None:
+        given = given or {"temperature": 1.0}
+        chain = sampling.chain(*(sampling.TRANSFORMS[name](value) for name, value in given.items()))
+    else:
         require(not given, f"Give either a sampler or {', '.join(given)}: their order would be a guess.")
-        if isinstance(sampler, sampling.Transform):
-            return sampling.chain(sampler)
         if isinstance(sampler, str):
-            return sampling.parse(sampler, encode)
+            sampler = sampling.parse(sampler, tokenizer and tokenizer.encode)
+        if isinstance(sampler, sampling.Transform):
+            sampler = sampling.chain(sampler)
         require(
             isinstance(sampler, sampling.Chain),
             f"A sampler is a chain or its text, such as 'temperature(0.8), top_p(0.95)', got {sampler!r}.",
         )
-        return sampler
-    if not given:
-        given = {"temperature": 1.0}
-    return sampling.chain(*(sampling.TRANSFORMS[name](value) for name, value in given.items()))
+        chain = sampler
+    if tokenizer is not None:
+        sampling.check_vocabulary(chain, tokenizer.vocab_size)
+    return chain

@@ -301,11 +301,6 @@ class Config:
             self.optimizer.warmup_steps < self.train.steps,
             f"optimizer.warmup_steps={self.optimizer.warmup_steps} must be below train.steps={self.train.steps}.",
         )
-        profiled = self.log.profile_step
-        require(
-            profiled is None or profiled < self.train.steps,
-            f"log.profile_step={profiled} must be below train.steps={self.train.steps}.",
-        )
 
     @property
     def context(self) -> int:

@@ -113,6 +113,16 @@ def encode(tokenizer: Tokenizer, text: str) -> Ids:
     return tokenizer.encode(text)
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Ids:
+    """The ids of a text to continue. Raises UserError as `encode`, and where it is empty."""
+    tokens = encode(tokenizer, prompt)
+    require(
+        len(tokens) > 0,
+        "The prompt is empty, and there is no start token: give at least one character, such as '\\n'.",
+    )
+    return tokens
+
+
 # A word or a run of marks, with the space before it, or one white-space character.
 _WORD = hf.Regex(r" ?\w+| ?[^\w\s]|\s")
 

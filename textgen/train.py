@@ -292,7 +292,8 @@ def loop(
       batches: `batches(step, count)` gives what `Trainer.dispatch` takes for these steps; see data.Batches.
       on_row: called with (step, metrics) for every row of the curve.
       on_dispatch: called with (step, latest loss, tokens per second) when a dispatch is read, but for
-        the first in this process, which compiles. The rate is that of all others, without pauses.
+        the first in this process, which compiles, unless it is the last too. The rate is that of all
+        others, without pauses.
       pauses: (due, call) pairs, where due(step) is the next step after `step` at which training
         pauses for call(step, state); in the order given. See `every` and `at`.
       save: called with (step, state) when a signal cuts the run short.
@@ -328,13 +329,13 @@ def curve(
     for i in range(count):
         now_at = first + i + 1
         if now_at % config.log.every_steps == 0 or now_at == config.train.steps:
-            seen = max(rows["steps"][i], 1)
+            seen, taken = max(rows["steps"][i], 1), now_at - rows["skipped"][i]
             yield (
                 now_at,
                 {
                     "train/loss": float(rows["nats"][i] / rows["tokens"][i]) if rows["tokens"][i] else float("nan"),
                     "train/grad_norm": float(rows["grad_norm"][i] / seen),
-                    "train/learning_rate": config.optimizer.learning_rate * float(shape(now_at - 1)),
+                    "train/learning_rate": config.optimizer.learning_rate * float(shape(max(taken - 1, 0))),
                     "train/skipped_steps": float(rows["skipped"][i]),
                     "train/epoch": now_at / steps_per_epoch,
                     "speed/tokens_per_second": count * config.data.batch_size * config.data.window / timing.seconds,
@@ -387,12 +388,13 @@ def drive(
         pending.append((step, count, rows, waited))
         step += count
         calls = [call for end, call in due if end == step]
-        if calls or stopping() or step == total:
+        stop = stopping()  # asked once: a signal after it waits for the next turn
+        if calls or stop or step == total:
             read_oldest()
             for call in calls:
                 call(step, state)
             clock = time.perf_counter()
-        if stopping() and step < total:
+        if stop and step < total:
             save(step, state)
             raise Interrupted(step)
     return state

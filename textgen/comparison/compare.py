@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Session:
             "A comparison has every run whole on every device: leave mesh.fsdp and mesh.tensor at 1.",
         )
         self.ledger = Ledger(self.workdir, comparison)
-        self.dataset = data.load(self.base)
+        self.dataset = data.load(self.base, self.ledger.load_tokenizer())
         self.vocab_size = self.dataset.tokenizer.vocab_size
         tokens = self.dataset.train.tokens
         cut = int(len(tokens) * (1 - self.compare.dev_fraction))
@@ -42,20 +43,23 @@ class Session:
         self.failures: dict[str, str] = {}
         plan = self.ledger.load_plan()
         if plan is None:
-            plan = budget.solve(self.base, comparison.configs, self.compare.budget, self.vocab_size, self._step_seconds)
-            self._check(plan[1])
-            sizes = {name: budget.cost(config, self.vocab_size).parameters for name, config in plan[1].items()}
-            self.ledger.save_plan(*plan, sizes)
-            checkpoints_lib.save_digest(self.workdir, self.dataset.corpus.size[2])
-        checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
-        self.value, configs = plan
+            asked = self.base, comparison.configs, self.compare.budget
+            self.value, configs = budget.solve(*asked, self.vocab_size, self._step_seconds)
+            self._check(configs)
+        else:
+            checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
+            self.value, configs = plan
         groups = ("log", "checkpoint")  # may change on the way
         self.configs = {
             name: dataclasses.replace(config, **{g: getattr(comparison.configs[name], g) for g in groups})
             for name, config in configs.items()
         }
         self.costs = {name: budget.cost(config, self.vocab_size) for name, config in self.configs.items()}
-        self.ledger.check_sizes({name: cost.parameters for name, cost in self.costs.items()})
+        sizes = {name: cost.parameters for name, cost in self.costs.items()}
+        if plan is None:
+            self.ledger.save_plan(self.value, configs, sizes, self.dataset)
+        else:
+            self.ledger.check_sizes(sizes)
 
     def _check(self, configs: Mapping[str, Config]) -> None:
         """Whatever a run would refuse is refused before the first one."""
@@ -71,10 +75,6 @@ class Session:
         require(
             len(self.dev_tokens) > 1, f"compare.dev_fraction={self.compare.dev_fraction} leaves nothing to tune on."
         )
-        try:
-            self.dataset.tokenizer.encode(self.base.sample.prompt)
-        except UserError as error:
-            raise UserError(f"sample.prompt: {error}") from None
 
     def describe(self) -> str:
         """What is about to be compared, in a few lines."""
@@ -113,7 +113,9 @@ class Session:
         with train.stop_on_signals() as self.stopping, logs.Overview(total, done) as self.display:
             self._each_job(self._tuning_runs(), self._tune)
             self._each_job(self._final_runs(), self._train, self._has_result)
-        results = self.ledger.results(self.dataset, len(self.dev_tokens), self.value, self.configs, self.failures)
+        results = self.ledger.results(
+            self.dataset, len(self.dev_tokens), self.value, self.configs, self.costs, self.failures
+        )
         told = "; ".join(f"{name}: {error}" for name, error in self.failures.items()) or "every one diverged"
         require(
             any(run["status"] == "done" for arm in results["arms"] for run in arm["runs"]),
@@ -208,11 +210,12 @@ class Session:
         job.train(on_step=self._on_step(name, runs), stopping=self.stopping)
         rows: dict[str, list[dict[str, Any]]] = {run.arm: [] for run in runs}
         for i, run in enumerate(runs):
+            loss = math.nan if i in job.diverged else job.loss(i)
             rows[run.arm].append(
                 {
                     "learning_rate": run.learning_rate,
                     "seed": run.seed,
-                    "dev_loss": None if i in job.diverged else job.loss(i),
+                    "dev_loss": loss if math.isfinite(loss) else None,
                     "initial_loss": job.initial_losses[i],
                 }
             )
@@ -239,7 +242,7 @@ class Session:
             if self._has_result(run):  # stopped between two of them
                 continue
             given_up = job.diverged.get(i)
-            result = self._finish(job, i, run) if given_up is None else _diverged(run, given_up)
+            result = self._finish(job, i, run) if given_up is None else _diverged(_given_up(run, given_up))
             result |= {"seed": run.seed, "seconds": job.run_seconds, "curve": _curve(self._folder(run))}
             checkpoints_lib.write_json(self.ledger.result_file(run.arm, run.seed), result)
             self.display.print(f"{run.arm}, seed {run.seed}: validation loss {_number(result['loss'])}")
@@ -249,6 +252,8 @@ class Session:
         """The last evaluation of a run, its samples, its checkpoint and its HParams."""
         nats, folder, last = job.nats(index), self._folder(run), run.config.train.steps
         loss = float(nats.mean(dtype=np.float64))
+        if not math.isfinite(loss):
+            return _diverged(f"the validation loss is not finite at the last step, {last}")
         writer = logs.Writer(folder, last)
         if [last, loss] not in _curve(folder):
             writer.scalars(last, {"eval/loss": loss})
@@ -302,8 +307,11 @@ def _names(runs: Iterable[Run]) -> str:
     return names[0] + (f"+{len(names) - 1}" if names[1:] else "")
 
 
-def _diverged(run: Run, step: int) -> dict[str, Any]:
-    error = f"not finite for {run.config.train.max_skipped_steps} steps in a row, given up at step {step}"
+def _given_up(run: Run, step: int) -> str:
+    return f"not finite for {run.config.train.max_skipped_steps} steps in a row, given up at step {step}"
+
+
+def _diverged(error: str) -> dict[str, Any]:
     return {"status": "diverged", "error": error, "loss": None, "nats": None, "samples": []}
 
 

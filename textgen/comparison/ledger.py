@@ -1,7 +1,6 @@
 """A comparison's folder: what was asked for, what is done, and results.json, which says it all."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen import checkpoints, data
+from textgen import checkpoints, data, tokenizers
 from textgen import config as config_lib
 from textgen.comparison import budget
 from textgen.comparison.arms import Comparison
 from textgen.config import Config, UserError, require
 
+SETUP = ("plan.json", "tokenizer.json", "corpus.json", "comparison.json")  # in the order that they are written
 # What may differ when a comparison goes on: nothing that a result depends on.
 MAY_CHANGE = ("config.log.", "config.checkpoint.", "compare.title", "compare.at_once")
 
@@ -22,8 +22,9 @@ MAY_CHANGE = ("config.log.", "config.checkpoint.", "compare.title", "compare.at_
 class Ledger:
     """The folder.
 
-    comparison.json    what was asked for, the rule of the verdict with it
     plan.json          the arms' configs after the budget was solved
+    tokenizer.json     corpus.json: the tokenizer, and the digest of the text
+    comparison.json    what was asked for, the rule of the verdict with it
     jobs/              checkpoints of runs under way, trained together
     tuning/ARM.json    the loss of every learning rate on the end of the training text
     ARM/SEED/          an ordinary run each, with a result.json once it is done
@@ -34,12 +35,11 @@ class Ledger:
     def __init__(self, workdir: Path, comparison: Comparison):
         """Raises UserError where the folder holds something else."""
         self.workdir, self.asked = workdir, comparison
-        self._record = json.loads(json.dumps(comparison.record()))
-        require(not workdir.exists() or workdir.is_dir(), f"The workdir '{workdir}' is a file.")
+        self._record = comparison.record()
         if (workdir / "comparison.json").exists():
             saved = checkpoints.read_json(workdir / "comparison.json", "what it compares")
             # A key that came later is taken up at its default, as a single run does.
-            saved["config"] = json.loads(json.dumps(config_lib.to_dict(config_lib.from_dict(saved["config"]))))
+            saved["config"] = config_lib.to_dict(config_lib.from_dict(saved["config"]))
             listed = "; ".join(
                 f"{key.removeprefix('config.')} was {old!r}, is {new!r}"
                 for key, (old, new) in config_lib.differences(saved, self._record).items()
@@ -50,7 +50,7 @@ class Ledger:
                 f"'{workdir}' holds the results of another comparison: {listed}. Give a new --workdir, or the old "
                 "values.",
             )
-        elif workdir.is_dir() and any(workdir.iterdir()):
+        elif not checkpoints.is_new(workdir, SETUP):
             raise UserError(f"'{workdir}' is not empty and holds no comparison: give a new --workdir.")
 
     @property
@@ -75,6 +75,11 @@ class Ledger:
         saved = checkpoints.read_json(self.workdir / "plan.json", "its plan")
         return saved["value"], {name: config_lib.from_dict(tree) for name, tree in saved["configs"].items()}
 
+    def load_tokenizer(self) -> tokenizers.Tokenizer | None:
+        """The tokenizer that the comparison began with; None before, or where an older one kept none."""
+        kept = all((self.workdir / name).exists() for name in ("comparison.json", "tokenizer.json"))
+        return checkpoints.load_tokenizer(self.workdir) if kept else None
+
     def check_sizes(self, parameters: Mapping[str, int]) -> None:
         """Refuses to go on where the code makes other models of the plan's configs than it did then."""
         saved = checkpoints.read_json(self.workdir / "plan.json", "its plan").get("parameters", {})
@@ -85,19 +90,17 @@ class Ledger:
                 f"{parameters[name]:,} of the same settings: give a new --workdir.",
             )
 
-    def save_plan(self, value: float, configs: Mapping[str, Config], parameters: Mapping[str, int]) -> None:
+    def save_plan(
+        self, value: float, configs: Mapping[str, Config], parameters: Mapping[str, int], dataset: data.Dataset
+    ) -> None:
         """Makes the folder: from now on it is this comparison's."""
-        try:
-            self.workdir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"The workdir '{self.workdir}' cannot be made: {error.strerror}.") from None
         plan = {
             "value": value,
             "configs": {name: config_lib.to_dict(config) for name, config in configs.items()},
             "parameters": dict(parameters),
         }
-        checkpoints.write_json(self.workdir / "plan.json", plan)
-        checkpoints.write_json(self.workdir / "comparison.json", self._record)
+        values = plan, dataset.tokenizer.state(), {"sha256": dataset.corpus.size[2]}, self._record
+        checkpoints.make_folder(self.workdir, dict(zip(SETUP, values, strict=True)))
 
     # The results
 
@@ -130,6 +133,7 @@ class Ledger:
         dev_tokens: int,
         value: float,
         configs: Mapping[str, Config],
+        costs: Mapping[str, budget.Cost],
         failures: Mapping[str, str],
     ) -> dict[str, Any]:
         """All that there is so far, as results.json has it. failures: arm -> what went wrong in this process."""
@@ -154,10 +158,7 @@ class Ledger:
             "budget": {"kind": c.budget.kind, "value": value},
             "dev_fraction": c.dev_fraction,
             "device": jax.devices()[0].device_kind,
-            "arms": [
-                self._arm(name, config, budget.cost(config, dataset.tokenizer.vocab_size), failures.get(name))
-                for name, config in configs.items()
-            ],
+            "arms": [self._arm(name, config, costs[name], failures.get(name)) for name, config in configs.items()],
             "baselines": [],
         }
 

@@ -301,7 +301,7 @@ def _protocol(document: Document, results: Results) -> None:
             if smallest
             else "any difference matters."
         ),
-        "Interval: the arms are paired token by token. The variance over the text comes from a bootstrap of blocks, "
+        "Interval: the arms are paired token by token. The variance over the text comes from that of the blocks, "
         "that over the seeds from their spread; both are added, what they share counted once, and Student's t "
         "(Satterthwaite's degrees of freedom) makes the interval. On simulated ties it holds zero in 94 to 96 of 100.",
         f"Budget: {BUDGETS[record['budget']['kind']]}, {record['budget']['value']:,.6g}.",

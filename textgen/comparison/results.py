@@ -181,7 +181,8 @@ class Results:
     def blends(self) -> list[Blend]:
         """The ensemble of each arm's seeds; mixtures; dynamic evaluation, where it was done (see `dynamic.add`)."""
         ensembles = [self._ensemble(arm) for arm in self.finished if len(arm.seeds) > 1]
-        pairs = [(self.finished[0], other) for other in self.finished[1:]]
+        best = self.finished[:1]
+        pairs = [(a, b) for a in best for b in self.finished[1:] if set(a.seeds) & set(b.seeds)]
         pairs += [(arm, self.best_baseline) for arm in self.finished if self.best_baseline]
         dynamic = [self._dynamic(arm) for arm in self.finished if arm.dynamic is not None]
         return [*ensembles, *(self._mixture(a, b) for a, b in pairs), *dynamic]
@@ -199,13 +200,14 @@ class Results:
     @staticmethod
     def _mixture(a: Arm, b: Arm | Baseline) -> Blend:
         """Seed by seed, of those that both have; the mean over the seeds."""
-        others = b.nats if isinstance(b, Arm) else [b.nats] * len(a.nats)
-        pairs = [np.stack(pair) for pair in zip(a.nats, others, strict=False)]
+        others = dict(zip(b.seeds, b.nats, strict=True)) if isinstance(b, Arm) else dict.fromkeys(a.seeds, b.nats)
+        mine = dict(zip(a.seeds, a.nats, strict=True))
+        pairs = [np.stack((mine[seed], others[seed])) for seed in mine if seed in others]
         made = [analysis.mixed(pair) for pair in pairs]
         loss = float(np.mean([nats.mean() for nats, _ in made]))
         better = float(np.mean([pair.mean(1, dtype=np.float64) for pair in pairs], 0).min())
-        mine, other = np.mean([weights for _, weights in made], 0)
-        weights = f"{a.name} {mine:.2f}, {b.name} {other:.2f}"
+        first, second = np.mean([weights for _, weights in made], 0)
+        weights = f"{a.name} {first:.2f}, {b.name} {second:.2f}"
         return Blend(f"{a.name} with {b.name}", "mixture", loss, better - loss, weights)
 
     # The text

@@ -1,7 +1,7 @@
 """What a difference between two arms is worth: an interval over the text and the seeds, and a verdict in words.
 
 The loss of an arm varies for two reasons. Another text of the same kind would give another
-loss: seen from blocks of consecutive tokens, the same in both arms (a paired block bootstrap).
+loss: seen from blocks of consecutive tokens, the same in both arms (paired).
 Another seed would give another model: seen from the seeds, of which there are few (Student's t).
 The two are crossed: every seed reads every block. So their variances are added, and what a seed
 does to a block, which both hold, is counted once.
@@ -51,11 +51,6 @@ def bootstrap(blocks: Float[np.ndarray, "M"], draws: int = DRAWS) -> Float[np.nd
     The same blocks are drawn at every call with as many of them: what is drawn is paired.
     """
     return _resamplings(len(blocks), draws) @ blocks
-
-
-def _bootstrap_variance(blocks: Float[np.ndarray, "M"]) -> float:
-    """Of the mean over the text; a bootstrap falls short by (M - 1) / M, which is put right."""
-    return float(bootstrap(blocks).var() * len(blocks) / (len(blocks) - 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,10 +130,10 @@ def difference(
     """
     mean = float(a.mean(dtype=np.float64) - b.mean(dtype=np.float64))
     blocks_a, blocks_b = block_means(a, block), block_means(b, block)
-    over_text = _bootstrap_variance(blocks_a.mean(0) - blocks_b.mean(0))
-    arms = Arm.of(blocks_a), Arm.of(blocks_b)
+    arms, count = (Arm.of(blocks_a), Arm.of(blocks_b)), blocks_a.shape[1]
+    # What a bootstrap of the blocks comes to with endless draws, but for its shortfall of (M - 1) / M.
+    over_text = float((blocks_a.mean(0) - blocks_b.mean(0)).var(ddof=1)) / count
     text = max(over_text - sum(arm.mixed / arm.seeds for arm in arms), 0.0)
-    count = blocks_a.shape[1]
     return Difference(mean, _half_width(text, count, *arms, confidence), confidence, text, count, *arms)
 
 
@@ -222,9 +217,9 @@ def verdict(
 ) -> Verdict:
     """The rule, fixed before the run, on two arms.
 
-    One is better if the interval of the difference holds no zero; no difference matters if the
-    whole interval lies within +- `smallest`; else it is not resolved, and what would resolve it
-    is said, should the difference stay as it is.
+    No difference matters if the whole interval lies within +- `smallest`; else one is better if
+    the interval holds no zero; else it is not resolved, and what would resolve it is said, should
+    the difference stay as it is.
 
     Args:
       nats: of every finished run on every token; None where there is none.
