@@ -178,6 +178,17 @@ def test_a_mistake_is_told_the_same_by_a_process_of_its_own():
     [
         ("def get_config(arg=''): pass", "get_config of '{file}' returns None"),
         ("config = {}", "'{file}' has no function get_config(arg)"),
+        (
+            "def get_config(arg=''):\n    return None.width",
+            "'{file}', line 2: AttributeError: 'NoneType' object has no",
+        ),
+        ("def get_config(arg=''):\n    return {}['width']", "'{file}', line 2: KeyError: 'width'"),
+        ("widht", "'{file}', line 1: NameError: name 'widht' is not defined"),
+        ("raise ValueError('a width\\nthat: is no\\nnumber')", "error: a width that: is no number"),
+        (
+            "from configs import base\ndef get_config(arg=''):\n    base.get_config().lock().model.nonsense = 3",
+            "Unknown config key 'nonsense'.",
+        ),
         (None, "There is no config file '{file}'"),
     ],
 )

@@ -102,6 +102,7 @@ def test_tensorboard_reads_back_curves_texts_and_final_metrics(finished):
         board.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     )
     assert started.session_start_info.hparams["model.width"].number_value == 16
+    assert not {"checkpoint.keep", "log.every_steps", "sample.length"} & set(started.session_start_info.hparams)
     assert not list(workdir.glob("1*/"))  # no run beside the run
 
 

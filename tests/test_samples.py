@@ -206,6 +206,18 @@ def test_what_is_wrong_with_a_request_is_said(lm, options, message):
         lm.samples("ab", **options)
 
 
+def test_an_option_is_never_told_to_be_itself(lm):
+    for call, name in (
+        (lambda: next(lm.stream("ab", num_samples=2)), "num_samples"),
+        (lambda: lm.chain(seed=3), "seed"),
+    ):
+        with pytest.raises(UserError, match=f"There is no option '{name}' here.") as told:
+            call()
+        assert str(told.value).count(f"'{name}'") == 1
+    with pytest.raises(UserError, match=r"no option 'chunks' here. Did you mean 'chunk'\?"):
+        next(lm.stream("ab", chunks=2))
+
+
 def test_records_that_are_none_are_refused(lm):
     sample = lm.samples("ab", length=3)[0]
     sample.recipe["seed"] = np.int64(0)  # as a caller's may be
