@@ -1,6 +1,7 @@
 """Thin mains: flags, then one call. `launch` is the border where a user's mistake becomes one line."""
 
 import difflib
+import functools
 import os
 import re
 import shlex
@@ -11,12 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 
-def launch(main: Callable[[], Any]) -> None:
-    """Parses the flags and runs main(); what the user got wrong ends in one line and exit code 2."""
+class _OrNone(flags.ArgumentParser):
+    """What another parser takes, or None, with which a key is not set."""
 
-    sys.unraisablehook = _unraisable
+    def __init__(self, parser: flags.ArgumentParser):
+        self.parser = parser
+
+    def parse(self, argument: Any) -> Any:
+        return None if argument == "None" else self.parser.parse(argument)
+
+
+for _kind, _parser in ((int, flags.IntegerParser()), (float, flags.FloatParser()), (str, flags.ArgumentParser())):
+    config_flags.register_flag_parser_for_type(_kind, _OrNone(_parser))
+
+
+def launch(main: Callable[[], Any], *, goes_on: bool = False) -> None:
+    """Parses the flags and runs main(); what the user got wrong ends in one line and exit code 2.
+
+    goes_on: whether the same command goes on where it was stopped.
+    """
+
+    sys.unraisablehook = functools.partial(_unraisable, goes_on)
     logging.set_verbosity(logging.FATAL)  # the libraries below talk of every file; errors come as exceptions
 
     def parse(argv: list[str]) -> list[str]:
@@ -54,9 +73,15 @@ def launch(main: Callable[[], Any]) -> None:
     try:
         app.run(guarded, flags_parser=parse)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)  # the device may be computing still: an orderly exit would pull its memory away
+        _leave(goes_on)
+
+
+def _leave(goes_on: bool) -> None:
+    """Ends the process at once: the device may be computing still, and an orderly exit would pull its memory away."""
+    told = "stopped; what was saved stays. To go on, run the same command again:\n  " + command() if goes_on else ""
+    print("\n" + told, file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(130)
 
 
 def _config_file(argv: list[str]) -> str | None:
@@ -91,10 +116,12 @@ def _explained(error: Exception, file: str | None) -> str:
     if missing:
         return f"Give {missing[1]}=...: it is required, and --help says what it is."
     lines = [frame.lineno for frame in frames if file and Path(frame.filename).resolve() == Path(file).resolve()]
+    kind = type(error).__name__
     if "Traceback (most recent call last)" in text:  # of a config file that raised: the end says why
-        return re.split(r"^[\w.]*(?:Error|Exception)\w*: ", text, flags=re.MULTILINE)[-1]
-    if lines and not isinstance(error, ValueError):
-        return f"'{file}', line {lines[-1]}: {type(error).__name__}: {text}"
+        *before, kind, text = re.split(r"^([\w.]*(?:Error|Exception)\w*): ", text, flags=re.MULTILINE)
+        lines = [line for at, line in re.findall(r'File "(.*)", line (\d+)', str(before)) if at.endswith(str(file))]
+    if lines and kind != "ValueError":
+        return f"'{file}', line {lines[-1]}: {kind}: {text}"
     return text.removeprefix("Configuration is not available because of an earlier failure to load: ")
 
 
@@ -121,8 +148,11 @@ def command() -> str:
     return "python -m " + shlex.join([module, *sys.argv[1:]])
 
 
-def _unraisable(unraisable: Any) -> None:
-    """After a failed save the checkpoint library's readers call a loop that is gone; the failure itself is told."""
+def _unraisable(goes_on: bool, unraisable: Any) -> None:
+    """What is raised where nobody can catch it, as in a callback of the collector."""
+    if isinstance(unraisable.exc_value, KeyboardInterrupt):
+        _leave(goes_on)
+    # After a failed save the checkpoint library's readers call a loop that is gone; the failure itself is told.
     if "Event loop is closed" not in str(unraisable.exc_value):
         sys.__unraisablehook__(unraisable)
 

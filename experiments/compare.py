@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, goes_on=True)

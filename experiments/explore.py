@@ -41,7 +41,7 @@ def main() -> None:
         length=_LENGTH.value,
         num_samples=_NUM_SAMPLES.value,
         seed=_SEED.value,
-        judges={Path(path).name: inference.load(path) for path in _JUDGE.value or []},
+        judges={path: inference.load(path) for path in _JUDGE.value or []},
     )
     study.publish(found, page, Path(_WORKDIR.value) / "explore")
     logs.console.print(study.as_text(found), markup=False)

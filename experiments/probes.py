@@ -21,4 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, goes_on=True)

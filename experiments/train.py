@@ -20,11 +20,12 @@ def main() -> None:
     parallel.initialize_distributed()
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    workdir = _WORKDIR.value or Path("runs") / Path(file.replace(":", "-").replace(".py", "")).name
+    workdir = Path("runs") / Path(file.replace(":", "-").replace(".py", "")).name
+    workdir = workdir if _WORKDIR.value is None else _WORKDIR.value
     session = run.open_session(config.from_dict(_CONFIG.value), workdir, overrides)
     logs.console.print(session.describe())
     session.run()
 
 
 if __name__ == "__main__":
-    launch(main)
+    launch(main, goes_on=True)

@@ -89,7 +89,8 @@ def test_a_report_converts_to_bits_and_splits_by_position():
 def test_the_standard_error_is_that_of_block_means():
     random = np.random.default_rng(0)
     nats = random.standard_normal(512 * 100)
-    r = evaluate.report(nats, Split(np.zeros(len(nats) + 1, np.uint8), 1, 1))
+    r = evaluate.report(nats, Split(np.zeros(len(nats) + 1, np.uint8), 1, 1), unknown=0)
+    assert r.unknown == len(nats)
     np.testing.assert_allclose(r.standard_error, nats.reshape(100, 512).mean(1).std(ddof=1) / 10)
 
 

@@ -132,6 +132,11 @@ def test_train_interrupt_resume_sample_evaluate(folder, call):
         ("train", ["--config.log.profile_step=20"], "log.profile_step=20 must be below train.steps=20"),
         ("train", ["--config.model.backbone=lstm", "--config.model.context=9"], "model.backbone=transformer or hybrid"),
         ("train", ["--config.model.backbone=lsmt"], "Did you mean 'lstm'"),
+        (
+            "train",
+            ["--config.optimizer.clip_norm=None", "--config.model.width=None"],
+            "model.width must be of type int",
+        ),
         ("train", ["--config.mesh.data=8"], "takes 8 x 1 x 1 = 8 devices"),
         ("sample", ["--workdir=/absent"], "There is no workdir '/absent'"),
         ("sample", [], "Give the run's folder: --workdir=DIR"),
@@ -167,6 +172,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(folder, call, name, flags, messag
     done = call(name, *first, *flags)
     refused(done, message)
     assert not (folder / "no").exists()
+
+
+def test_ctrl_c_where_nobody_can_catch_it_is_not_lost():
+    """As in a callback of the collector, which Python leaves at the end of an exception, and goes on."""
+    code = (
+        "import gc\nfrom experiments import launch\n"
+        "def interrupt(*_): raise KeyboardInterrupt\n"
+        "def main():\n    gc.callbacks.append(interrupt); gc.collect(); print('went on')\n"
+        "launch(main, goes_on=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert "stopped; what was saved stays" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_mistake_is_told_the_same_by_a_process_of_its_own():

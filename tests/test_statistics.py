@@ -217,6 +217,11 @@ def test_an_arm_without_a_run():
     assert (v.outcome, v.text) == ("none", "No comparison: a has no finished run.")
 
 
+def test_rounding_does_not_hide_on_which_side_of_zero_an_interval_ends():
+    assert statistics.rounded(0.1421, 0.1389) == ("0.142", "0.139")
+    assert statistics.rounded(0.14, 0.14) == ("0.14", "0.14")
+
+
 def test_numbers_end_where_their_error_begins():
     assert statistics.rounded(0.031234, 0.00812) == ("0.0312", "0.0081")
     assert statistics.rounded(-1.2, 0.2) == ("-1.20", "0.20")

@@ -163,6 +163,41 @@ def test_streaming_never_breaks_a_character(kind):
     assert not any("�" in piece for piece in pieces)
 
 
+MIXED = "привет мир 😀 we are happy 😀 and мы рады 日本 の 語 👩‍👩‍👧 naïve "
+
+
+@pytest.fixture(scope="module", params=[256, 290, 400])
+def mixed(request):
+    """BPE whose tokens hold whole characters and the beginnings of others."""
+    return tokenizers.fit(TokenizerConfig(kind="bpe", vocab_size=request.param, path=None), [MIXED * 20])
+
+
+@given(data=st.data())
+def test_tokens_of_text_and_of_parts_of_characters_stream_as_they_are_decoded(mixed, data):
+    ids = data.draw(st.lists(st.integers(0, mixed.vocab_size - 1), max_size=12))
+    decoder = tokenizers.StreamDecoder(mixed)
+    assert "".join(decoder([i]) for i in ids) + decoder([], last=True) == mixed.decode(ids)
+    start = data.draw(st.integers(0, len(MIXED) - 1))
+    decoder = tokenizers.StreamDecoder(mixed)
+    pieces = [decoder([i]) for i in mixed.encode(MIXED[start:])]
+    assert "".join(pieces) == MIXED[start:]
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_what_stands_for_unknown_words_is_known():
+    words = fitted("words")
+    assert words.decode([words.unknown]) == "<unk>"
+    assert [fitted(kind).unknown for kind in ("characters", "bytes", "bpe")] == [None] * 3
+    with pytest.raises(UserError, match="The vocabulary has no token for 'zzqq'"):
+        tokenizers.encode_known(words, "zzqq")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "words"])
+def test_bytes_that_are_no_text_are_refused(kind):
+    with pytest.raises(UserError, match="it has bytes that are not UTF-8"):
+        tokenizers.encode(fitted(kind), "a\udcff")
+
+
 @given(some=st.lists(st.sampled_from([0x41, 0x80, 0xE6, 0xBC, 0xF0, 0x9F, 0x98, 0x80, 0xC3]), max_size=12))
 def test_bytes_that_are_no_text_stream_as_they_are_decoded(some):
     tokenizer = fitted("bytes")
@@ -251,12 +286,12 @@ def test_streams_go_on_where_they_stopped_and_begin_anew(text_file):
 def test_texts_that_are_too_short_are_refused(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("abcdefghij" * 2)
-    config, dataset = loaded(path, **{"data.window": 16})
+    config, dataset = loaded(path, **{"sample.prompt": "a", "data.window": 16})
     data.Batches(dataset.train.tokens, config.data, 0)
-    config, dataset = loaded(path, **{"data.window": 18})
+    config, dataset = loaded(path, **{"sample.prompt": "a", "data.window": 18})
     with pytest.raises(UserError, match=r"takes data.window [+] 1 = 19 tokens, and the training text has 18"):
         data.Batches(dataset.train.tokens, config.data, 0)
-    config, dataset = loaded(path, **{"data.window": 16, "data.order": "stream"})
+    config, dataset = loaded(path, **{"sample.prompt": "a", "data.window": 16, "data.order": "stream"})
     with pytest.raises(UserError, match="hold fewer windows"):
         data.Batches(dataset.train.tokens, config.data, 0)
     path.write_text("abcdefghij")

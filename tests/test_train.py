@@ -98,6 +98,22 @@ def test_a_signal_between_two_looks_waits_for_the_next_turn():
     assert read[-1] == saved[-1] == 8
 
 
+def test_a_stop_at_the_last_step_is_a_stop():
+    trainer, batches = trainer_of({"train.steps_per_dispatch": 12})
+    looks, saved = iter([False, True]), []  # asked for while what is due at the last step is done
+    with pytest.raises(train.Interrupted):
+        train.drive(
+            trainer,
+            trainer.init(),
+            batches,
+            read=lambda *_: None,
+            pauses=[(train.at(12), lambda *_: None)],
+            save=lambda step, _: saved.append(step),
+            stopping=lambda: next(looks),
+        )
+    assert saved == [12]
+
+
 @pytest.mark.parametrize(
     ("name", "order", "devices"),
     [("lstm", "stream", 2), pytest.param("transformer", "shuffled", 2, marks=pytest.mark.slow)]

@@ -15,7 +15,8 @@ def evaluate_split(lm: TextModel, split: data.Split, how: str) -> evaluate.Repor
     """The loss on a split: every token predicted once, in "windows" or as one "stream"."""
     tokens = split.tokens[: lm.config.eval.max_tokens]
     nats = lm.nats(tokens, stream=how == "stream")
-    return evaluate.report(nats, split, lm.config.eval_window if how == "windows" else None)
+    window = lm.config.eval_window if how == "windows" else None
+    return evaluate.report(nats, split, window, lm.tokenizer.unknown)
 
 
 def evaluate_both(lm: TextModel, split: data.Split) -> Reports:
@@ -35,9 +36,7 @@ def evaluate_model(lm: TextModel, *, split: str = "validation", text: str | None
         encoded = data.encode(corpora.read_file(Path(text)), lm.tokenizer)
         require(len(encoded.tokens) >= 2, f"'{text}' has fewer than two tokens: there is nothing to predict.")
         return evaluate_both(lm, encoded)
-    dataset = data.load(lm.config, lm.tokenizer)
-    if lm.source is not None:
-        checkpoints.check_digest(Path(lm.source), dataset.corpus.size[2])
+    dataset = checkpoints.load_text(lm.source and Path(lm.source), lm.config, lm.tokenizer)
     part = getattr(dataset, split)
     require(part is not None, f"The run has no {split} split: corpus.{split}_fraction was 0.")
     return evaluate_both(lm, part)
@@ -47,13 +46,20 @@ def reports_as_text(reports: Reports, name: str = "") -> str:
     """Reports for people."""
     lines = []
     for how, r in reports.items():
+        error = (
+            f"standard error {r.standard_error:.4f}" if math.isfinite(r.standard_error) else "too short for an error"
+        )
         lines.append(
-            f"{name + ' ' if name else ''}loss in {how:8s} {r.loss:.4f} nats per token "
-            f"(standard error {r.standard_error:.4f}), "
+            f"{name + ' ' if name else ''}loss in {how:8s} {r.loss:.4f} nats per token ({error}), "
             f"{r.bits_per_character:.4f} bits per character, {r.bits_per_byte:.4f} per byte; {r.tokens:,} tokens"
         )
         if r.by_position:
             lines.append("  by position: " + ", ".join(f"{k}: {v:.3f}" for k, v in r.by_position.items()))
+        if r.unknown and how == "windows":
+            lines.append(
+                f"  {100 * r.unknown / r.tokens:.1f} % of the tokens are <unk>, and what they stand for costs nothing: "
+                "bits per character and byte are too low to compare with other tokenizers'"
+            )
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from textgen import config as config_lib
-from textgen import tokenizers
+from textgen import corpora, data, tokenizers
 from textgen.config import Config, UserError, require
 
 
@@ -83,6 +83,23 @@ def check_digest(workdir: Path, digest: str) -> None:
             f"The text is not the one that '{workdir}' began with: its sha256 was {began[:12]}, is {digest[:12]}. "
             "Restore it, or give a new --workdir; a new text alone is what experiments.evaluate --text=FILE reads.",
         )
+
+
+def load_text(workdir: Path | None, config: Config, tokenizer: tokenizers.Tokenizer | None) -> data.Dataset:
+    """The text that a run or a comparison in `workdir` began with, as data.load gives it.
+
+    Raises:
+      UserError: it is another text now, or what data.load raises.
+    """
+    try:
+        dataset = data.load(config, tokenizer)
+    except UserError:  # as where a new character is in it: say first that it is another text
+        if workdir is not None:
+            check_digest(workdir, corpora.open_corpus(config.corpus).size[2])
+        raise
+    if workdir is not None:
+        check_digest(workdir, dataset.corpus.size[2])
+    return dataset
 
 
 def load_config(workdir: Path) -> Config:

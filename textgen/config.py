@@ -103,6 +103,8 @@ def from_dict(source: ConfigDict | Mapping) -> Config:
     """
     if isinstance(source, ConfigDict):
         source = source.to_dict()
+    for section in ("compare", "probes"):
+        require(section not in source, f"The config has a section '{section}': it is for experiments.{section}.")
     return build(source, Config, "")
 
 

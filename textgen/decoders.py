@@ -4,6 +4,7 @@ Each is a few pure functions over the K texts that it follows for every prompt; 
 them is in textgen/decoding.py. Where texts can end, an ended one has a single continuation, itself.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -123,7 +124,7 @@ def beam(width: int, alpha: float | int = 0.0) -> Decoder:
       UserError: a width below 1, or an alpha below 0.
     """
     _check_width("beam", width)
-    require(alpha >= 0, f"beam's alpha must be 0 or more, got {alpha:g}.")
+    require(0 <= alpha < math.inf, f"beam's alpha must be 0 or more, got {alpha:g}.")
     return Decoder((np.float32(alpha),), "beam", width, width, False, _none_finished, _beam, _rank_beam)
 
 
@@ -312,6 +313,7 @@ def parse(text: str) -> Decoder:
     Raises:
       UserError: no such decoder, an impossible number, or not the form name(number, ...).
     """
+    require(isinstance(text, str), f"A decoder is named by a text, such as 'beam(8, alpha=0.6)', got {text!r}.")
     made = parse_calls(text, DECODERS, "decoder", "beam(8, alpha=0.6)")
     require(len(made) == 1, f"Give one decoder, such as 'beam(8, alpha=0.6)', got '{text}'.")
     return made[0]

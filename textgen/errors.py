@@ -14,6 +14,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """' Did you mean 'x'?' for a near miss, else ' Known: ...' with every name."""
     names = sorted(names)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near = near or [other for other in names if len(name) > 2 and other.startswith(name)]
     return f" Did you mean '{near[0]}'?" if near else f" Known: {', '.join(names)}."
 
 

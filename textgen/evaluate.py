@@ -30,6 +30,8 @@ class Report:
       characters, bytes: the text that they stand for.
       standard_error: of the loss, from the spread between blocks of 512 tokens; nats per token.
       by_position: mean nats of the predictions from 1, 2, 3-4, 5-8, ... tokens of a window.
+      unknown: of the predicted tokens, how many stand for a word that the vocabulary lacks. What spells
+        it costs nothing, so that bits per character and byte are too low.
     """
 
     loss: float
@@ -38,6 +40,7 @@ class Report:
     bytes: int
     standard_error: float
     by_position: dict[str, float]
+    unknown: int = 0
 
     @property
     def perplexity(self) -> float:
@@ -122,8 +125,11 @@ class Evaluator:
         return np.concatenate([np.asarray(part)[0] for part in nats])[:count]
 
 
-def report(nats: Float[np.ndarray, "M"], split: Split, window: int | None = None) -> Report:
-    """Sums up what the predictions of a split cost; by position where they were made in windows."""
+def report(nats: Float[np.ndarray, "M"], split: Split, window: int | None = None, unknown: int | None = None) -> Report:
+    """Sums up what the predictions of a split cost; by position where they were made in windows.
+
+    `unknown` is the tokenizer's: the id of what has no token.
+    """
     nats = np.asarray(nats, np.float64)
     share = len(nats) / max(len(split.tokens) - 1, 1)  # of the split, when only its start was read
     blocks = nats[: len(nats) // 512 * 512].reshape(-1, 512).mean(1)
@@ -145,4 +151,5 @@ def report(nats: Float[np.ndarray, "M"], split: Split, window: int | None = None
         bytes=max(round(split.bytes * share), 1),
         standard_error=error,
         by_position=places,
+        unknown=0 if unknown is None else int(np.count_nonzero(split.tokens[1 : len(nats) + 1] == unknown)),
     )

@@ -15,6 +15,7 @@ from textgen import checkpoints as checkpoints_lib
 from textgen import data, decoders, evaluate, models, sampling, tokenizers
 from textgen.config import Config, UserError, require
 from textgen.decoding import Decoding
+from textgen.errors import note
 from textgen.generate import Generated, Generator, row_keys
 from textgen.samples import Ending, Sample, Sampler, check_guidance, check_rows, check_stops, make_chain, recipe_of
 from textgen.speculative import Speculated, Speculator, speculator
@@ -154,7 +155,7 @@ class TextModel:
     ) -> list[Sample]:
         """The texts that a decoder chooses, prompt by prompt, the best first."""
         chosen = decoders.parse(decoder)
-        end = self.tokenizer.encode(stops[0]) if stops else []
+        end = tokenizers.encode_known(self.tokenizer, stops[0]) if stops else []
         require(len(end) <= 1, f"A decoder ends a text at one token, and '{(*stops, '')[0]}' makes {len(end)}.")
         keys = self._keys(recipe["seed"], len(texts), None)
         prompts = [self.encode_prompt(t) for t in texts]
@@ -311,7 +312,10 @@ class TextModel:
 
     def encode_prompt(self, prompt: str) -> Integer[np.ndarray, "T"]:
         """The ids of a prompt. Raises UserError where it is empty, or has a character that the vocabulary lacks."""
-        return tokenizers.encode_prompt(self.tokenizer, prompt)
+        tokens = tokenizers.encode_prompt(self.tokenizer, prompt)
+        if self.tokenizer.unknown is not None and (tokens == self.tokenizer.unknown).any():
+            note(f"The vocabulary lacks a part of the prompt {prompt!r}: it is read as <unk>.")
+        return tokens
 
     @staticmethod
     def _keys(seed: int, prompts: int, numbers: range | None) -> Any:
@@ -368,7 +372,7 @@ def replay_file(path: str | Path, *, workdir: str | Path | None = None) -> None:
     """
     require(Path(path).is_file(), f"There is no file '{path}'.")
     models_: dict[Any, TextModel] = {}
-    lines = [line for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line for line in Path(path).read_text(encoding="utf-8", errors="replace").split("\n") if line.strip()]
     require(bool(lines), f"'{path}' is empty: it takes the lines of --json.")
     different = []
     for number, line in enumerate(lines, 1):
@@ -377,6 +381,10 @@ def replay_file(path: str | Path, *, workdir: str | Path | None = None) -> None:
             key = (str(workdir or record["workdir"]), record["recipe"]["step"])
         except (json.JSONDecodeError, TypeError, KeyError):
             raise UserError(f"Line {number} of '{path}' is no sample of --json.") from None
+        require(
+            workdir is not None or Path(key[0]).is_dir(),
+            f"The sample is of the run in '{key[0]}', which is not here: give --workdir=DIR.",
+        )
         if key not in models_:
             models_[key] = load(key[0], checkpoint=key[1])
         sample = models_[key].replay(record)

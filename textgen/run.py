@@ -65,11 +65,12 @@ class Session:
         elif not checkpoints_lib.is_new(self.workdir):
             raise UserError(f"'{self.workdir}' is not empty and holds no run: give a new --workdir.")
         self.mesh = parallel.make_mesh(config)
-        kept = checkpoints_lib.load_tokenizer(self.workdir) if self.resumed else None
-        self.dataset = data.load(config, kept)
-        model = models.build(config, self.dataset.tokenizer.vocab_size)
         if self.resumed:
-            checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
+            kept = checkpoints_lib.load_tokenizer(self.workdir)
+            self.dataset = checkpoints_lib.load_text(self.workdir, config, kept)
+        else:
+            self.dataset = data.load(config)
+        model = models.build(config, self.dataset.tokenizer.vocab_size)
         self._prepare(model)
         self.model = inference.TextModel(model, None, self.dataset.tokenizer, config, 0)
 
@@ -110,6 +111,7 @@ class Session:
             f"corpus     {self.dataset.corpus.name}: {characters:,} characters, {size:,} bytes, sha256 {digest[:12]}",
             f"tokens     {len(d.train.tokens):,} to train, {len(d.validation.tokens):,} to validate"
             + (f", {len(d.test.tokens):,} to test" if d.test else "")
+            + (f", {100 * self._unknown():.1f} % of these <unk>" if d.tokenizer.unknown is not None else "")
             + f"; vocabulary {self.dataset.tokenizer.vocab_size:,} ({self.dataset.tokenizer.kind})",
             f"model      {c.model.backbone}, {self.parameters:,} parameters",
             f"training   {self._training()}",
@@ -117,6 +119,10 @@ class Session:
             f"workdir    {self.workdir}",
         ]
         return "\n".join(lines)
+
+    def _unknown(self) -> float:
+        """What share of the text to validate on the vocabulary lacks."""
+        return float(np.mean(self.dataset.validation.tokens == self.dataset.tokenizer.unknown))
 
     def _training(self) -> str:
         c = self.config
@@ -136,7 +142,8 @@ class Session:
         if not self.resumed:
             self._save_setup()
         else:
-            checkpoints_lib.write_json(self.workdir / "config.json", config_lib.to_dict(config))
+            files = {"overrides.json": self.overrides, "config.json": config_lib.to_dict(config)}
+            checkpoints_lib.make_folder(self.workdir, files)
         checkpoints = checkpoints_lib.Checkpoints(self.workdir, config.checkpoint.keep)
         steps = checkpoints.steps()
         state = checkpoints.restore_state(steps[-1], trainer.abstract) if steps else trainer.init()
@@ -200,9 +207,9 @@ class Session:
             kept = checkpoints.steps()
             raise UserError(
                 f"The loss or the gradient was not finite for {config.train.max_skipped_steps} steps in a row; "
-                f"they changed nothing. The last good checkpoint in '{self.workdir}' is "
-                f"{f'step {kept[-1]}' if kept else 'none'}. "
-                "Begin again in a new --workdir with a lower optimizer.learning_rate, or optimizer.clip_norm=1.0."
+                "they changed nothing. "
+                + (f"The last good checkpoint in '{self.workdir}' is step {kept[-1]}. " if kept else "")
+                + "Begin again in a new --workdir with a lower optimizer.learning_rate, or optimizer.clip_norm=1.0."
             ) from None
         finally:
             writer.hparams(config_lib.flatten(config_lib.to_dict(config)))

@@ -1,6 +1,7 @@
 """Generated texts: what is kept of them, where they stop, and the recipe that makes them again."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -10,7 +11,7 @@ from jaxtyping import Float, Integer
 from textgen import sampling
 from textgen.config import UserError, did_you_mean, require
 from textgen.sampling.core import MOST
-from textgen.tokenizers import StreamDecoder, Tokenizer
+from textgen.tokenizers import StreamDecoder, Tokenizer, encode_known
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -123,7 +124,7 @@ def check_stops(stops: str | Sequence[str], min_length: int, length: int, tokeni
     stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
     for stop in stops:
         require(stop != "", "A stop text is empty: it would end every text before it begins.")
-        tokenizer.encode(stop)
+        encode_known(tokenizer, stop)
     require(
         stops or min_length == 0, f"min_length={min_length} only holds back stop texts, and there is none: give one."
     )
@@ -191,7 +192,7 @@ def make_chain(
     else:
         require(not given, f"Give either a sampler or {', '.join(given)}: their order would be a guess.")
         if isinstance(sampler, str):
-            sampler = sampling.parse(sampler, tokenizer and tokenizer.encode)
+            sampler = sampling.parse(sampler, tokenizer and functools.partial(encode_known, tokenizer))
         if isinstance(sampler, sampling.Transform):
             sampler = sampling.chain(sampler)
         require(

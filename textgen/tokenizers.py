@@ -28,6 +28,7 @@ class Tokenizer(Protocol):
 
     kind: str
     vocab_size: int
+    unknown: int | None  # the id that stands for what has no token; None: everything has, or is refused
 
     def encode(self, text: str) -> Ids:
         """Token ids [N], of `id_dtype`: cast before adding to them. Raises UserError for text that has no token."""
@@ -46,6 +47,7 @@ class CharacterTokenizer:
     """One token for each distinct character, in code point order."""
 
     kind = "characters"
+    unknown = None
 
     def __init__(self, alphabet: str):
         self.alphabet = alphabet
@@ -77,6 +79,7 @@ class ByteTokenizer:
 
     kind = "bytes"
     vocab_size = 256
+    unknown = None
 
     def encode(self, text: str) -> Ids:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -95,6 +98,8 @@ class LibraryTokenizer:
         self.kind = kind
         self.tokenizer = tokenizer
         self.vocab_size = tokenizer.get_vocab_size()
+        stands_for_all = getattr(tokenizer.model, "unk_token", None)
+        self.unknown = None if stands_for_all is None else tokenizer.token_to_id(stands_for_all)
 
     def encode(self, text: str) -> Ids:
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -110,7 +115,18 @@ class LibraryTokenizer:
 def encode(tokenizer: Tokenizer, text: str) -> Ids:
     """The ids of a text. Raises UserError where it is none, or has a character that the vocabulary lacks."""
     require(isinstance(text, str), f"A text is wanted, got {text!r}: tokenizer.decode makes one of token ids.")
-    return tokenizer.encode(text)
+    try:
+        return tokenizer.encode(text)
+    except (UnicodeEncodeError, TypeError):
+        raise UserError(f"{_shorten(text)!r} is no text: it has bytes that are not UTF-8.") from None
+
+
+def encode_known(tokenizer: Tokenizer, text: str) -> Ids:
+    """The ids of a text that the vocabulary has. Raises UserError as `encode`, and where a part would be <unk>."""
+    ids = encode(tokenizer, text)
+    known = tokenizer.unknown is None or not (ids == tokenizer.unknown).any()
+    require(known or text == tokenizer.decode([tokenizer.unknown]), f"The vocabulary has no token for {text!r}.")
+    return ids
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Ids:
@@ -190,42 +206,39 @@ def _shorten(text: str, most: int = 40) -> str:
 
 
 class StreamDecoder:
-    """Decodes ids as they come, and holds back a character until its last byte is there."""
+    """Decodes ids as they come, and holds back a character until its last byte is there.
+
+    The first bytes of one, of up to four, are U+FFFD at the end of the text until then, up to three
+    of them; the token that they come with may have text before them.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._before: list[int] = []  # the last ids that were given out: some tokenizers put spaces between tokens
-        self._pending: list[int] = []
+        self._before: list[int] = []  # the last ids whose text is whole: some tokenizers put spaces between tokens
+        self._open: list[int] = []  # those after them
+        self._given = 0  # characters of their text that were given out
 
     def __call__(self, ids: Iterable[SupportsIndex], *, last: bool = False) -> str:
         """The text that `ids` complete; with last=True, whatever is left besides."""
         text = ""
         for i in ids:
-            self._pending.append(int(i))
-            text += self._give(len(self._pending) - self._broken())
-        return text + (self._give(len(self._pending)) if last else "")
+            self._open.append(int(i))
+            whole = self._text()
+            text += self._give(whole, min(len(whole) - len(whole.rstrip("\ufffd")), 3))
+        return text + (self._give(self._text(), 0) if last else "")
 
-    def _broken(self) -> int:
-        """How many of the last ids may be the beginning of a character: of UTF-8's up to four bytes."""
-        whole = self._text(self._pending)
-        if not whole.endswith("�"):
-            return 0
-        for count in range(min(len(self._pending), 3), 0, -1):
-            head, tail = self._pending[:-count], self._pending[-count:]
-            if self._tokenizer.decode(tail) == "�" and (not head or self._text(head) + "�" == whole):
-                return count
-        return 0
-
-    def _give(self, count: int) -> str:
-        given, self._pending = self._pending[:count], self._pending[count:]
-        text = self._text(given)
-        self._before = given or self._before
+    def _give(self, whole: str, held: int) -> str:
+        """What of the text was not given out yet, but for its last characters."""
+        end = len(whole) - held
+        text, self._given = whole[self._given : end], max(self._given, end)
+        if not held and self._open:
+            self._before, self._open, self._given = self._open, [], 0
         return text
 
-    def _text(self, ids: list[int]) -> str:
-        """Of ids that follow those given out."""
-        before, whole = self._tokenizer.decode(self._before), self._tokenizer.decode(self._before + ids)
-        return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(ids)
+    def _text(self) -> str:
+        """Of the ids that are open, as they follow those before."""
+        before, whole = self._tokenizer.decode(self._before), self._tokenizer.decode(self._before + self._open)
+        return whole[len(before) :] if whole.startswith(before) else self._tokenizer.decode(self._open)
 
 
 def pieces(tokenizer: Tokenizer, ids: Iterable[SupportsIndex]) -> list[str]:

@@ -388,13 +388,13 @@ def drive(
         pending.append((step, count, rows, waited))
         step += count
         calls = [call for end, call in due if end == step]
-        stop = stopping()  # asked once: a signal after it waits for the next turn
+        stop = stopping()  # a signal after it waits for a turn in which all is read
         if calls or stop or step == total:
             read_oldest()
             for call in calls:
                 call(step, state)
-            clock = time.perf_counter()
-        if stop and step < total:
+            stop, clock = stop or stopping(), time.perf_counter()
+        if stop:
             save(step, state)
             raise Interrupted(step)
     return state

@@ -35,20 +35,20 @@ class Session:
             "A comparison has every run whole on every device: leave mesh.fsdp and mesh.tensor at 1.",
         )
         self.ledger = Ledger(self.workdir, comparison)
-        self.dataset = data.load(self.base, self.ledger.load_tokenizer())
+        began = self.ledger.began
+        kept = self.ledger.load_tokenizer() if began else None
+        self.dataset = checkpoints_lib.load_text(self.workdir if began else None, self.base, kept)
         self.vocab_size = self.dataset.tokenizer.vocab_size
         tokens = self.dataset.train.tokens
         cut = int(len(tokens) * (1 - self.compare.dev_fraction))
         self.tuning_tokens, self.dev_tokens = tokens[:cut], tokens[cut:]
         self.failures: dict[str, str] = {}
-        plan = self.ledger.load_plan()
-        if plan is None:
+        if began:
+            self.value, configs = self.ledger.load_plan()
+        else:
             asked = self.base, comparison.configs, self.compare.budget
             self.value, configs = budget.solve(*asked, self.vocab_size, self._step_seconds)
             self._check(configs)
-        else:
-            checkpoints_lib.check_digest(self.workdir, self.dataset.corpus.size[2])
-            self.value, configs = plan
         groups = ("log", "checkpoint")  # may change on the way
         self.configs = {
             name: dataclasses.replace(config, **{g: getattr(comparison.configs[name], g) for g in groups})
@@ -56,10 +56,10 @@ class Session:
         }
         self.costs = {name: budget.cost(config, self.vocab_size) for name, config in self.configs.items()}
         sizes = {name: cost.parameters for name, cost in self.costs.items()}
-        if plan is None:
-            self.ledger.save_plan(self.value, configs, sizes, self.dataset)
-        else:
+        if began:
             self.ledger.check_sizes(sizes)
+        else:
+            self.ledger.save_plan(self.value, configs, sizes, self.dataset)
 
     def _check(self, configs: Mapping[str, Config]) -> None:
         """Whatever a run would refuse is refused before the first one."""

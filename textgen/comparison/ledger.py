@@ -36,7 +36,8 @@ class Ledger:
         """Raises UserError where the folder holds something else."""
         self.workdir, self.asked = workdir, comparison
         self._record = comparison.record()
-        if (workdir / "comparison.json").exists():
+        self.began = (workdir / "comparison.json").exists()
+        if self.began:
             saved = checkpoints.read_json(workdir / "comparison.json", "what it compares")
             # A key that came later is taken up at its default, as a single run does.
             saved["config"] = config_lib.to_dict(config_lib.from_dict(saved["config"]))
@@ -68,17 +69,14 @@ class Ledger:
 
     # The plan
 
-    def load_plan(self) -> tuple[float, dict[str, Config]] | None:
-        """The budget's value and the arms' configs; None where they are not solved yet."""
-        if not (self.workdir / "comparison.json").exists():
-            return None
+    def load_plan(self) -> tuple[float, dict[str, Config]]:
+        """The budget's value and the arms' configs, of a comparison that began."""
         saved = checkpoints.read_json(self.workdir / "plan.json", "its plan")
         return saved["value"], {name: config_lib.from_dict(tree) for name, tree in saved["configs"].items()}
 
     def load_tokenizer(self) -> tokenizers.Tokenizer | None:
-        """The tokenizer that the comparison began with; None before, or where an older one kept none."""
-        kept = all((self.workdir / name).exists() for name in ("comparison.json", "tokenizer.json"))
-        return checkpoints.load_tokenizer(self.workdir) if kept else None
+        """The tokenizer that the comparison began with; None of one that is older than this file."""
+        return checkpoints.load_tokenizer(self.workdir) if (self.workdir / "tokenizer.json").exists() else None
 
     def check_sizes(self, parameters: Mapping[str, int]) -> None:
         """Refuses to go on where the code makes other models of the plan's configs than it did then."""

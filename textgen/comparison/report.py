@@ -93,7 +93,7 @@ def _verdict(document: Document, results: Results) -> None:
             f"The loss is how surprised a model is by text that it was not trained on, in {results.unit}: lower is "
             f"better. {loss:.3f} is the surprise of guessing among {math.exp(loss):.2f} equally likely {each}s each "
             f"time, and 0.01 less makes that 1 % fewer. The \u00b1 says how far chance reaches: in "
-            f"{results.record['rule']['confidence'] * 100:.3g} of 100 such comparisons, with other seeds and other "
+            f"{results.confidence * 100:.3g} of 100 such comparisons, with other seeds and other "
             "text of the same kind, the true difference lies within it.",
             "note",
         )

@@ -279,4 +279,6 @@ def _seeds(names: tuple[str, str], d: Difference) -> str:
 def rounded(value: float, error: float) -> tuple[str, str]:
     """Both to the two leading digits of the error: ("0.0312", "0.0081")."""
     places = 4 if not error > 0 or not math.isfinite(error) else min(max(1 - math.floor(math.log10(error)), 2), 6)
+    while places < 6 and value != error and f"{value:.{places}f}" == f"{error:.{places}f}":
+        places += 1  # the interval must be seen to hold zero, or not to
     return f"{value:.{places}f}", f"{error:.{places}f}"

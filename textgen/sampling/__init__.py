@@ -114,7 +114,7 @@ def parse_calls(
         except (TypeError, ValueError, AttributeError):
             takes = [str(p).split(":")[0] for p in inspect.signature(table[name]).parameters.values()]
             told = f"it is written {name}({', '.join(takes)})"
-            raise UserError(f"'{ast.unparse(call)}' has arguments that {name} does not take: {told}.") from None
+            raise UserError(f"'{ast.unparse(call)}' has other arguments than {name} takes: {told}.") from None
     return made
 
 
@@ -122,7 +122,7 @@ def _encoded(value: Any, encode: Encode) -> Any:
     """The value with every text in it replaced by its token."""
     if isinstance(value, str):
         ids = encode(value)
-        require(len(ids) == 1, f"A token is wanted, and '{value}' makes {len(ids)} tokens.")
+        require(len(ids) == 1, f"'{value}' makes {len(ids)} tokens: name tokens one by one, as in ['a', 'b'].")
         return int(ids[0])
     return [_encoded(v, encode) for v in value] if isinstance(value, list | tuple) else value
 

@@ -151,7 +151,8 @@ def check(name: str, value: Any, good: Callable[[np.ndarray], Any], wanted: str)
     require(array.ndim <= 1, f"{name} takes one number, or a list with one for each row, got {value!r}.")
     with np.errstate(over="ignore"):
         used = array.astype(np.float32)  # what it is computed with
-    require(np.all(good(array)) and np.all(good(used)), f"{name} must {wanted}, got {written(array)}.")
+    fine = np.all(np.isfinite(used)) and np.all(good(array)) and np.all(good(used))
+    require(fine, f"{name} must {wanted}, got {written(array)}.")
 
 
 MOST = 1e9  # in size, of what is added to logits or multiplies them: what comes of it, even many times, is finite

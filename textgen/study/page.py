@@ -62,8 +62,10 @@ def publish(study: Study, page: Path, board: Path) -> None:
     shutil.rmtree(board, ignore_errors=True)  # an earlier study
     board.mkdir()
     writer = logs.Writer(board, 0)
-    for i, setting in enumerate(study.settings):
-        step = i if study.knob is None else round(100 * setting.value)  # TensorBoard's axis holds whole numbers
+    steps = [i if study.knob is None else round(100 * s.value) for i, s in enumerate(study.settings)]
+    if len(set(steps)) < len(steps):  # TensorBoard's axis holds whole numbers, and small ones would be one
+        steps = list(range(len(steps)))
+    for step, setting in zip(steps, study.settings, strict=True):
         writer.scalars(step, {f"explore/{name}": value for name, value in setting.numbers.items()})
         writer.text(
             step, f"explore/{setting.name}", "\n\n".join(map("".join, zip(setting.prompts, setting.texts, strict=True)))
