@@ -67,9 +67,9 @@ class State:
     made: Any
 
 
-def row_keys(seed: int, rows: int) -> Any:
-    """[rows] keys: row i's draws depend on (seed, i) alone."""
-    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(rows))
+def row_keys(seed: int, rows: int, first: int = 0) -> Any:
+    """[rows] keys of the rows first, first + 1, ...: row i's draws depend on (seed, i) alone."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(first + jnp.arange(rows))
 
 
 class Generator:

@@ -324,8 +324,8 @@ class TextModel:
         if numbers is None:
             return jnp.tile(jax.random.key(seed)[None], prompts)
         require(len(numbers) >= 1, f"num_samples must be 1 or more, got {len(numbers)}.")
-        require(numbers.start >= 0, f"first_sample must be 0 or more, got {numbers.start}.")
-        return jnp.tile(row_keys(seed, numbers.stop)[numbers.start :], prompts)
+        require(0 <= numbers.start < 2**31 - len(numbers), f"first_sample must lie in 0 ... 2^31, got {numbers.start}.")
+        return jnp.tile(row_keys(seed, len(numbers), numbers.start), prompts)
 
 
 def load(workdir: str | Path, *, checkpoint: str | int = "latest") -> TextModel:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -120,6 +121,8 @@ def check_stops(stops: str | Sequence[str], min_length: int, length: int, tokeni
     Raises:
       UserError: an empty one, one that the tokenizer cannot encode, or min_length outside 0 ... length.
     """
+    for name, number in (("length", length), ("min_length", min_length)):
+        require(isinstance(number, SupportsIndex), f"{name} must be a whole number, got {number!r}.")
     require(length >= 1, f"length must be 1 or more, got {length}.")
     stops = (stops,) if isinstance(stops, str) else tuple(stops or ())
     for stop in stops:
@@ -149,7 +152,7 @@ def recipe_of(record: Mapping[str, Any], known: Collection[str]) -> dict[str, An
 def check_guidance(guidance: Any, second_prompt: str | None) -> None:
     """Raises UserError where one is given without the other, or the guidance is not one number, or too large."""
     require((guidance is None) == (second_prompt is None), "guidance and second_prompt go together: give both.")
-    good = guidance is None or (isinstance(guidance, int | float) and abs(guidance) <= MOST)
+    good = guidance is None or (isinstance(guidance, Real) and abs(guidance) <= MOST)
     require(good, f"guidance must be one number of {MOST:g} or less in size, got {guidance!r}.")
 
 
