@@ -286,12 +286,12 @@ def test_streams_go_on_where_they_stopped_and_begin_anew(text_file):
 def test_texts_that_are_too_short_are_refused(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("abcdefghij" * 2)
-    config, dataset = loaded(path, **{"sample.prompt": "a", "data.window": 16})
+    config, dataset = loaded(path, **{"data.window": 16})
     data.Batches(dataset.train.tokens, config.data, 0)
-    config, dataset = loaded(path, **{"sample.prompt": "a", "data.window": 18})
+    config, dataset = loaded(path, **{"data.window": 18})
     with pytest.raises(UserError, match=r"takes data.window [+] 1 = 19 tokens, and the training text has 18"):
         data.Batches(dataset.train.tokens, config.data, 0)
-    config, dataset = loaded(path, **{"sample.prompt": "a", "data.window": 16, "data.order": "stream"})
+    config, dataset = loaded(path, **{"data.window": 16, "data.order": "stream"})
     with pytest.raises(UserError, match="hold fewer windows"):
         data.Batches(dataset.train.tokens, config.data, 0)
     path.write_text("abcdefghij")

@@ -100,8 +100,7 @@ def load(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
     when a file's size or time of change is another.
 
     Raises:
-      UserError: a corpus that cannot be read, or is too short to validate on; a sample.prompt that it has no
-        tokens for.
+      UserError: a corpus that cannot be read, or is too short to validate on.
     """
     corpus = open_corpus(config.corpus)
     folder = _folder(config, corpus, tokenizer)
@@ -124,6 +123,15 @@ def load(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
             split is None or len(split.tokens) > 1,
             f"The {name} split has fewer than two tokens: give a longer text or a larger corpus.{name}_fraction.",
         )
+    return dataset
+
+
+def check(config: Config, dataset: Dataset) -> None:
+    """What training asks of a text besides: it is evaluated in windows, and samples begin with a prompt.
+
+    Raises:
+      UserError: eval.window is longer than the validation text, or sample.prompt has no tokens.
+    """
     window, unseen = config.eval.window, len(dataset.validation.tokens)
     require(
         window is None or window < unseen,
@@ -133,7 +141,6 @@ def load(config: Config, tokenizer: Tokenizer | None = None) -> Dataset:
         encode_prompt(dataset.tokenizer, config.sample.prompt)
     except UserError as error:
         raise UserError(f"sample.prompt: {error}") from None
-    return dataset
 
 
 def _tokenise(config: Config, corpus: Corpus, tokenizer: Tokenizer | None, folder: Path | None) -> Dataset:

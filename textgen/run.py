@@ -70,6 +70,7 @@ class Session:
             self.dataset = checkpoints_lib.load_text(self.workdir, config, kept)
         else:
             self.dataset = data.load(config)
+        data.check(config, self.dataset)
         model = models.build(config, self.dataset.tokenizer.vocab_size)
         self._prepare(model)
         self.model = inference.TextModel(model, None, self.dataset.tokenizer, config, 0)

@@ -38,6 +38,7 @@ class Session:
         began = self.ledger.began
         kept = self.ledger.load_tokenizer() if began else None
         self.dataset = checkpoints_lib.load_text(self.workdir if began else None, self.base, kept)
+        data.check(self.base, self.dataset)
         self.vocab_size = self.dataset.tokenizer.vocab_size
         tokens = self.dataset.train.tokens
         cut = int(len(tokens) * (1 - self.compare.dev_fraction))
