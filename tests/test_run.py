@@ -271,6 +271,11 @@ def test_fewer_steps_than_there_are_and_another_text_are_refused(finished, tmp_p
         with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
             run.Session(other, tmp_path / "r")
     assert capsys.readouterr().err.count("the learning rate is that of the new schedule") == 1
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT + "\u2603")  # a character that the vocabulary lacks is the smaller news
+    elsewhere = dataclasses.replace(settings, corpus=dataclasses.replace(settings.corpus, path=str(text)))
+    with pytest.raises(UserError, match="The text is not the one"):
+        checkpoints.load_text(tmp_path / "r", elsewhere, checkpoints.load_tokenizer(tmp_path / "r"))
     checkpoints.write_json(tmp_path / "r" / "corpus.json", {"sha256": "0" * 64})
     with pytest.raises(UserError, match=r"The text is not the one that .* began with: its sha256 was 000000000000"):
         run.Session(settings, tmp_path / "r")

@@ -1,6 +1,8 @@
 """A text's end, its recipe, and what the settings stand for."""
 
+import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -217,6 +219,20 @@ def test_an_option_is_never_told_to_be_itself(lm):
         assert str(told.value).count(f"'{name}'") == 1
     with pytest.raises(UserError, match=r"no option 'chunks' here. Did you mean 'chunk'\?"):
         next(lm.stream("ab", chunks=2))
+
+
+def test_a_file_of_samples_ends_its_lines_where_json_does(lm, tmp_path, monkeypatch, capsys):
+    """A text may hold characters that Python takes for the ends of lines."""
+    (sample,) = lm.samples("ab", length=3)
+    made = dataclasses.replace(sample, prompt="a\u2028b")
+    monkeypatch.setattr(inference, "load", lambda *_, **__: SimpleNamespace(replay=lambda record: made))
+    line = json.dumps(made.record() | {"workdir": str(tmp_path)}, ensure_ascii=False)
+    (tmp_path / "some.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    inference.replay_file(tmp_path / "some.jsonl")
+    assert "2 made again, the same token by token" in capsys.readouterr().out
+    (tmp_path / "some.jsonl").write_text(line.replace(str(tmp_path), "gone"), encoding="utf-8")
+    with pytest.raises(UserError, match="the run in 'gone', which is not here: give --workdir=DIR"):
+        inference.replay_file(tmp_path / "some.jsonl")
 
 
 def test_records_that_are_none_are_refused(lm):

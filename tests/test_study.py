@@ -1,5 +1,6 @@
 """The study: a ladder in one batch, where it matches unseen text, and the page."""
 
+import dataclasses
 import json
 import math
 import re
@@ -224,6 +225,10 @@ def test_what_is_written(found, tmp_path):
     assert [row["step"] for row in rows] == [10, 60, 120]
     assert rows[0]["explore/surprise"] == pytest.approx(found.settings[0].numbers["surprise"])
     assert "validation text" in study.as_text(found)
+    small = [dataclasses.replace(s, value=s.value / 1000) for s in found.settings]
+    study.publish(dataclasses.replace(found, settings=small), tmp_path / "explore.html", tmp_path / "explore")
+    rows = [json.loads(line) for line in (tmp_path / "explore" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]  # not all at one
 
 
 def test_a_study_without_a_knob_has_a_page_and_an_answer(lm):
