@@ -117,10 +117,11 @@ def _explained(error: Exception, file: str | None) -> str:
         return f"Give {missing[1]}=...: it is required, and --help says what it is."
     lines = [frame.lineno for frame in frames if file and Path(frame.filename).resolve() == Path(file).resolve()]
     kind = type(error).__name__
-    if "Traceback (most recent call last)" in text:  # of a config file that raised: the end says why
-        *before, kind, text = re.split(r"^([\w.]*(?:Error|Exception)\w*): ", text, flags=re.MULTILINE)
-        lines = [line for at, line in re.findall(r'File "(.*)", line (\d+)', str(before)) if at.endswith(str(file))]
-    if lines and kind != "ValueError":
+    if "Traceback (most recent call last)" in text:  # of a config file that raised: what is not indented says why
+        lines = [line for at, line in re.findall(r'File "(.*)", line (\d+)', text) if at.endswith(str(file))]
+        kind, _, text = re.split(r"^\s.*\n", text, flags=re.MULTILINE)[-1].partition(": ")
+    kind = kind.split(".")[-1]
+    if lines and kind not in ("ValueError", "UserError"):
         return f"'{file}', line {lines[-1]}: {kind}: {text}"
     return text.removeprefix("Configuration is not available because of an earlier failure to load: ")
 

@@ -202,6 +202,7 @@ def test_a_mistake_is_told_the_same_by_a_process_of_its_own():
             "'{file}', line 2: AttributeError: 'NoneType' object has no",
         ),
         ("def get_config(arg=''):\n    return {}['width']", "'{file}', line 2: KeyError: 'width'"),
+        ("class Bad(ValueError): pass\nraise Bad('no')", "'{file}', line 2: Bad: no"),
         ("widht", "'{file}', line 1: NameError: name 'widht' is not defined"),
         ("raise ValueError('a width\\nthat: is no\\nnumber')", "error: a width that: is no number"),
         (
