@@ -211,6 +211,7 @@ def test_an_arm_that_fails_and_one_that_diverges_are_reported(text, tmp_path, mo
     assert [run["status"] for run in again["arms"][0]["runs"]] == ["done"] * 2
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_counts_as_diverged(text, tmp_path, monkeypatch):
     """Also where the steps that blow up are too few to give up."""
     monkeypatch.setattr(compare.report, "write", lambda folder: [])

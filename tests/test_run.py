@@ -318,18 +318,13 @@ def test_a_stop_while_the_folder_is_made_costs_nothing(text_file, tmp_path):
         run.Session(settings, folder)
 
 
-def test_a_finished_run_logs_its_end_once(finished, tmp_path):
+def test_a_finished_run_logs_its_end_once_and_says_what_it_can_no_longer_do(finished, tmp_path, capsys):
     settings = copied(finished, tmp_path / "r")
+    settings = dataclasses.replace(settings, log=dataclasses.replace(settings.log, profile_step=3))
     before = logs.read_metrics(tmp_path / "r")
     assert [sum(key in row for row in before) for key in ("validation_stream/loss", "speed/compile_seconds")] == [1, 1]
     assert run.Session(settings, tmp_path / "r").run() == finished[1]
     assert logs.read_metrics(tmp_path / "r") == before
-
-
-def test_a_profile_that_lies_behind_is_said_to_be_missing(finished, tmp_path, capsys):
-    settings = copied(finished, tmp_path / "r")
-    log = dataclasses.replace(settings.log, profile_step=3)
-    run.Session(dataclasses.replace(settings, log=log), tmp_path / "r").run()
     assert "No profile: the run goes on from step 12, and log.profile_step=3" in capsys.readouterr().err
 
 
