@@ -53,7 +53,7 @@ def test_a_stream_predicts_from_all_that_came_before(name, monkeypatch):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+@pytest.mark.parametrize("axis", ["fsdp", pytest.param("tensor", marks=pytest.mark.slow)])
 def test_split_parameters_predict_the_same(axis, monkeypatch):
     monkeypatch.setattr(evaluate, "STREAM_CHUNK", 16)
     config = tiny({f"mesh.{axis}": 2})

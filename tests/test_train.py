@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -81,37 +82,32 @@ def test_the_curve_has_the_rate_that_the_optimizer_took():
     np.testing.assert_allclose(rates[:5], [0.25, 0.25, 0.25, 0.5, 0.75], rtol=1e-6)
 
 
-def test_a_signal_between_two_looks_waits_for_the_next_turn():
-    """Whatever is saved has been read: no row of the curve is lost."""
-    trainer, batches = trainer_of({"train.steps_per_dispatch": 4})
-    looks, read, saved = iter([False, True, True, True, True]), [], []
+def driven(a_dispatch, looks, pauses=()):
+    """(steps read, steps saved) of 12 steps that a signal cuts short; looks: what each look for it sees."""
+    config = tiny({"train.steps_per_dispatch": a_dispatch})
+    trainer = SimpleNamespace(config=config, dispatch=lambda state, *_: (state, {"nats": jnp.zeros(a_dispatch)}))
+    read, saved, looks = [], [], iter(looks)
     with pytest.raises(train.Interrupted):
         train.drive(
             trainer,
-            trainer.init(),
-            batches,
+            SimpleNamespace(step=np.zeros((), np.int32)),
+            lambda *_: (),
             read=lambda first, count, *_: read.append(first + count),
-            pauses=[],
+            pauses=pauses,
             save=lambda step, _: saved.append(step),
             stopping=lambda: next(looks),
         )
-    assert read[-1] == saved[-1] == 8
+    return read, saved
+
+
+def test_a_signal_between_two_looks_waits_for_the_next_turn():
+    """Whatever is saved has been read: no row of the curve is lost."""
+    assert driven(4, [False, True, True]) == ([4, 8], [8])
 
 
 def test_a_stop_at_the_last_step_is_a_stop():
-    trainer, batches = trainer_of({"train.steps_per_dispatch": 12})
-    looks, saved = iter([False, True]), []  # asked for while what is due at the last step is done
-    with pytest.raises(train.Interrupted):
-        train.drive(
-            trainer,
-            trainer.init(),
-            batches,
-            read=lambda *_: None,
-            pauses=[(train.at(12), lambda *_: None)],
-            save=lambda step, _: saved.append(step),
-            stopping=lambda: next(looks),
-        )
-    assert saved == [12]
+    """Asked for while what is due there is done."""
+    assert driven(12, [False, True], [(train.at(12), lambda *_: None)]) == ([12], [12])
 
 
 @pytest.mark.parametrize(
