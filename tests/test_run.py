@@ -299,6 +299,9 @@ def test_workdirs_that_are_no_runs_are_refused(text_file, tmp_path):
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no run"):
         run.Session(configured(text_file), tmp_path / "full")
+    (tmp_path / "full" / "thesis.tex").rename(tmp_path / "full" / "tokenizer.json")  # of the user's
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        run.Session(configured(text_file), tmp_path / "full")
     with pytest.raises(UserError, match="is a file"):
         run.Session(configured(text_file), text_file)
     with pytest.raises(UserError, match=r"There is no workdir"):

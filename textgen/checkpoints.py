@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,11 @@ def read_json(path: Path, what: str) -> Any:
 SETUP = ("overrides.json", "tokenizer.json", "corpus.json", "config.json")  # in the order that they are written
 
 
-def is_new(workdir: Path, setup: Collection[str] = SETUP) -> bool:
+def is_new(workdir: Path, setup: Sequence[str] = SETUP) -> bool:
     """Whether a folder is not there or empty, or holds only what was written before a stop cut its setup short."""
     require(not workdir.exists() or workdir.is_dir(), f"The workdir '{workdir}' is a file.")
-    return not workdir.exists() or all(path.name.removesuffix(".tmp") in setup for path in workdir.iterdir())
+    there = {path.name.removesuffix(".tmp") for path in workdir.iterdir()} if workdir.exists() else set()
+    return there == set(setup[: len(there)])  # the first ones: a tokenizer.json alone is somebody's own
 
 
 def save_setup(
