@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import time
 from types import SimpleNamespace
 
 import jax
@@ -98,6 +99,25 @@ def driven(a_dispatch, looks, pauses=()):
             stopping=lambda: next(looks),
         )
     return read, saved
+
+
+def test_nobody_waits_for_tokens_longer_than_a_dispatch_takes():
+    """Whose time the wait for the next tokens lies in, has it."""
+    config = tiny({"train.steps_per_dispatch": 1})
+    trainer = SimpleNamespace(config=config, dispatch=lambda state, *_: (state, {"nats": jnp.zeros(1)}))
+    timings = []
+    train.drive(
+        trainer,
+        SimpleNamespace(step=np.zeros((), np.int32)),
+        lambda step, _: (time.sleep(0.02 * (step % 2)), ())[1],
+        read=lambda *told: timings.append(told[-1]),
+        pauses=[],
+        save=lambda *_: None,
+        stopping=lambda: False,
+    )
+    assert len(timings) == 12
+    assert all(timing.waited <= timing.seconds for timing in timings)
+    assert sum(timing.waited for timing in timings) >= 6 * 0.02
 
 
 def test_a_signal_between_two_looks_waits_for_the_next_turn():

@@ -364,15 +364,15 @@ def drive(
     """
     total, most = trainer.config.train.steps, trainer.config.train.steps_per_dispatch
     step = int(np.ravel(state.step)[0])
-    pending: list[tuple[int, int, dict[str, Array], float]] = []
-    clock = time.perf_counter()
+    pending: list[tuple[int, int, dict[str, Array]]] = []
+    clock, waited = time.perf_counter(), 0.0  # since then
 
     def read_oldest() -> None:
-        nonlocal clock
-        first, count, device_rows, waited = pending.pop()
+        nonlocal clock, waited
+        first, count, device_rows = pending.pop()
         rows = {name: np.asarray(values) for name, values in device_rows.items()}
         now = time.perf_counter()
-        timing, clock = Timing(now - clock, waited), now
+        timing, clock, waited = Timing(now - clock, waited), now, 0.0
         read(first, count, rows, timing)
 
     while step < total:
@@ -381,11 +381,11 @@ def drive(
         began = time.perf_counter()
         inputs = batches(step, count)
         idle = all(leaf.is_ready() for entry in pending for leaf in entry[2].values())
-        waited = time.perf_counter() - began if idle else 0.0
+        waited += time.perf_counter() - began if idle else 0.0
         state, rows = trainer.dispatch(state, *inputs)
         if pending:
             read_oldest()
-        pending.append((step, count, rows, waited))
+        pending.append((step, count, rows))
         step += count
         calls = [call for end, call in due if end == step]
         stop = stopping()  # a signal after it waits for a turn in which all is read
