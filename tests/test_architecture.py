@@ -88,8 +88,3 @@ def test_experiments_are_thin():
     for path in (ROOT / "experiments").glob("*.py"):
         names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
         assert path.stem in of_the_benchmark | {"__init__"} or names == {"main"}, f"{path.name} holds logic: {names}"
-
-
-def test_no_file_is_too_long_for_one_subject():
-    for _, path in rooms():
-        assert len(path.read_text().splitlines()) <= 400, path.name

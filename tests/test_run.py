@@ -81,9 +81,47 @@ def test_a_run_leaves_its_config_its_curve_and_its_checkpoints(finished):
     assert {"train/learning_rate", "train/grad_norm", "speed/tokens_per_second"} <= set(rows[0])
     assert all(0 <= row["speed/waiting_for_data"] <= 1 for row in rows if "train/loss" in row)
     assert rows[-1]["speed/compile_seconds"] > 0
+    steps_a_second = 1000 / rows[0]["speed/step_milliseconds"]
+    np.testing.assert_allclose(rows[0]["speed/tokens_per_second"], 4 * 16 * steps_a_second, rtol=1e-6)
     np.testing.assert_allclose(final["eval/bits_per_character"], final["eval/loss"] / math.log(2))
     assert "validation_stream/loss" in final
     assert json.loads((workdir / "overrides.json").read_text()) == {"data.window": 16}
+
+
+def test_the_phases_of_a_run_add_up_to_its_time(monkeypatch):
+    clock, compiled = [100.0], []
+    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(run, "_compiling", compiled)
+
+    def spend(seconds, compiling=0.0):
+        clock[0] += seconds
+        compiled.append(compiling)
+
+    timer = run.PhaseTimer("set up")
+    spend(3)
+    with timer.phase("train"):
+        spend(10, compiling=4)
+        with timer.phase("evaluate"):
+            spend(2, compiling=1)
+        spend(5)
+    timer.switch("finish")
+    assert timer.seconds == {"set up": 3, "compile": 5, "train": 11, "evaluate": 1}
+    with timer.phase("sample"):
+        spend(1, compiling=8)  # by several threads
+    timer.switch("end")
+    assert sum(timer.seconds.values()) == clock[0] - 100
+    assert timer.seconds["sample"] == 0
+
+
+def test_where_the_peak_is_known_the_curve_has_model_flop_utilization(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.parallel, "peak_flops", lambda: 1e9)
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = configured(tmp_path / "text.txt", {"train.steps": 4})
+    session = run.open_session(config, tmp_path / "run")
+    session.run()
+    row = logs.read_metrics(tmp_path / "run")[0]
+    flops = 3 * session.model.model.flops_per_token(config.data.window)
+    np.testing.assert_allclose(row["speed/model_flops_utilization"] * 1e9, flops * row["speed/tokens_per_second"])
 
 
 def test_tensorboard_reads_back_curves_texts_and_final_metrics(finished):

@@ -183,8 +183,24 @@ class Display:
     def __exit__(self, *error: Any) -> None:
         self._progress.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        note = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s"
+    def update(
+        self,
+        step: int,
+        loss: float,
+        *,
+        tokens_per_second: float,
+        step_seconds: float,
+        seconds_left: float,
+        utilization: float | None = None,
+    ) -> None:
+        """Show how far training has come.
+
+        Args:
+          loss: of the latest step, nats per token.
+          utilization: model FLOP utilization, the fraction of the devices' peak rate; None: not known.
+        """
+        note = f"loss {loss:.3f}  {tokens_per_second:,.0f} tokens/s  {1000 * step_seconds:.3g} ms a step"
+        note += "" if utilization is None else f"  MFU {utilization:.1%}"
         self._progress.update(self._task, completed=step, note=note)
         if self._plain and (step - self._printed >= self._total / 20 or step == self._total):
             self._printed = step

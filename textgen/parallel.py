@@ -134,3 +134,21 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*spec))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+# Matrix products of bfloat16 without sparsity, FLOP/s, from the makers' data sheets.
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Peak rate of one device in bfloat16 matrix products, FLOP/s; None where it is not known, as for a CPU."""
+    kind = jax.devices()[0].device_kind
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)

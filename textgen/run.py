@@ -6,7 +6,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,34 @@ def _note_compilation(event: str, seconds: float, **_: Any) -> None:
 jax.monitoring.register_event_duration_secs_listener(_note_compilation)
 
 
+class PhaseTimer:
+    """Wall-clock seconds of each phase of a run; what is spent on compilation in any of them is counted apart."""
+
+    def __init__(self, phase: str):
+        self.seconds: dict[str, float] = {}
+        self._phase, self._since, self._compiled = phase, time.perf_counter(), sum(_compiling)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time until the end of the block as `name`; afterwards the phase around it goes on."""
+        outer = self.switch(name)
+        try:
+            yield
+        finally:
+            self.switch(outer)
+
+    def switch(self, name: str) -> str:
+        """End the current phase, begin another, and return the one that ended."""
+        now, compiled = time.perf_counter(), sum(_compiling)
+        elapsed, compiling = now - self._since, compiled - self._compiled
+        compiling = min(compiling, elapsed)  # threads may compile at the same time
+        ended = self._phase
+        for key, spent in ((ended, elapsed - compiling), ("compile", compiling)):
+            self.seconds[key] = self.seconds.get(key, 0.0) + spent
+        self._phase, self._since, self._compiled = name, now, compiled
+        return ended
+
+
 class Session:
     """One process's part of a run: `Session(config, workdir).run()`."""
 
@@ -52,7 +80,7 @@ class Session:
         Raises:
           UserError: whatever a user can get wrong; nothing that was saved is touched by it.
         """
-        self.began, self.compiled = time.perf_counter(), len(_compiling)
+        self.timer = PhaseTimer("set up")
         self.config, self.workdir, self.overrides = config, Path(workdir), dict(overrides or {})
         config_lib.check_overrides(config, self.overrides)
         profiled, steps = config.log.profile_step, config.train.steps
@@ -157,7 +185,8 @@ class Session:
 
         def evaluate_now(step: int, state: train.State) -> None:
             model = self.model.with_params(parallel.on_one(state.eval_params), step)
-            report = assess.evaluate_split(model, self.dataset.validation, "windows")
+            with self.timer.phase("evaluate"):
+                report = assess.evaluate_split(model, self.dataset.validation, "windows")
             evaluated[step] = report.loss
             writer.scalars(step, {**report.metrics(), **_norms(parallel.on_one(state.params))})
             if config.log.histograms:
@@ -169,9 +198,26 @@ class Session:
                 f"step {step}  validation loss {report.loss:.4f}  ({report.bits_per_character:.4f} bits per character)"
             )
 
+        peak = parallel.peak_flops()
+        step_tokens = config.data.batch_size * config.data.window
+        flops = train.flops_per_token(trainer.model, config)
+
+        def utilization(rate: float) -> float | None:
+            return flops * rate / (peak * self.mesh.size) if peak else None
+
+        def on_row(step: int, metrics: dict[str, float]) -> None:
+            used = utilization(metrics["speed/tokens_per_second"])
+            writer.scalars(step, metrics if used is None else {**metrics, "speed/model_flops_utilization": used})
+
         def on_dispatch(step: int, loss: float, rate: float) -> None:
-            left = (config.train.steps - step) * config.data.batch_size * config.data.window / rate
-            display.update(step, loss, rate, left)
+            display.update(
+                step,
+                loss,
+                tokens_per_second=rate,
+                step_seconds=step_tokens / rate,
+                seconds_left=(config.train.steps - step) * step_tokens / rate,
+                utilization=utilization(rate),
+            )
 
         pauses = [
             (train.every(config.eval.every_steps, config.train.steps), evaluate_now),
@@ -191,12 +237,12 @@ class Session:
             done = start == config.train.steps
             logs.console.print(f"finished before, at step {start}" if done else f"resuming at step {start}")
         try:
-            with profile, logs.Display(config.train.steps, start) as display:
+            with self.timer.phase("train"), profile, logs.Display(config.train.steps, start) as display:
                 state = train.loop(
                     trainer,
                     state,
                     self.batches,
-                    on_row=writer.scalars,
+                    on_row=on_row,
                     on_dispatch=on_dispatch,
                     pauses=pauses,
                     save=save,
@@ -220,13 +266,14 @@ class Session:
     def _ladder(self, model: inference.TextModel) -> list[inference.Sample]:
         """One sample for each temperature of the config, in one batch."""
         sample = self.config.sample
-        return model.samples(
-            sample.prompt,
-            length=sample.length,
-            num_samples=len(sample.temperatures),
-            temperature=list(sample.temperatures),
-            seed=self.config.seed,
-        )
+        with self.timer.phase("sample"):
+            return model.samples(
+                sample.prompt,
+                length=sample.length,
+                num_samples=len(sample.temperatures),
+                temperature=list(sample.temperatures),
+                seed=self.config.seed,
+            )
 
     def _log_samples(self, model: inference.TextModel, writer: logs.Writer) -> None:
         for temperature, sample in zip(self.config.sample.temperatures, self._ladder(model), strict=True):
@@ -237,7 +284,8 @@ class Session:
         config, model = self.config, self.model.with_params(params, step)
         self.model = model
         splits = {"validation": self.dataset.validation, "test": self.dataset.test}
-        reports = {name: assess.evaluate_both(model, split) for name, split in splits.items() if split is not None}
+        with self.timer.phase("evaluate"):
+            reports = {name: assess.evaluate_both(model, split) for name, split in splits.items() if split is not None}
         final = {}
         for name, both in reports.items():
             for how, report in both.items():
@@ -248,13 +296,15 @@ class Session:
         for temperature, sample in zip(config.sample.temperatures, self._ladder(model), strict=True):
             show(f"\n[bold]--- temperature {temperature:g} " + "-" * 50)
             show(sample.prompt + sample.text, markup=False)
-        compiling = sum(_compiling[self.compiled :])
+        self.timer.switch("finish")
+        spent = self.timer.seconds
         logged = {key for row in logs.read_metrics(self.workdir) if row["step"] == step for key in row}
-        fresh = {k: v for k, v in {**final, "speed/compile_seconds": compiling}.items() if k not in logged}
+        fresh = {k: v for k, v in {**final, "speed/compile_seconds": spent["compile"]}.items() if k not in logged}
         if fresh:
             writer.scalars(step, fresh)
-        took = _duration(time.perf_counter() - self.began)
-        show(f"\ntook {took}, {compiling:.0f} s of it to compile; the curves and the samples of every evaluation:")
+        parts = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items() if seconds >= 0.5)
+        show(f"\ntook {_duration(sum(spent.values()))}: {parts or 'less than a second each'}")
+        show("the curves and the samples of every evaluation:")
         show(f"  tensorboard --logdir {self.workdir.parent} --samples_per_plugin text=100")
         show("more text:")
         prompt = f" --prompt={shlex.quote(config.sample.prompt)}" if config.sample.prompt.isprintable() else ""

@@ -218,6 +218,14 @@ class Trainer:
         return total, carry
 
 
+def flops_per_token(model: LanguageModel, config: Config) -> float:
+    """Floating-point operations of a training step per token: matrix products, a backward pass as two forward ones."""
+    tokens = config.train.steps * config.data.window
+    # In a stream a token sees all that the carry holds, and not its own window alone.
+    seen = config.data.window if config.data.order == "shuffled" else max(tokens, 1)
+    return 3 * (model.flops_per_token(seen) + model.ahead_flops_per_token())
+
+
 class Timing(NamedTuple):
     """Of one dispatch, in seconds.
 
@@ -339,6 +347,7 @@ def curve(
                     "train/skipped_steps": float(rows["skipped"][i]),
                     "train/epoch": now_at / steps_per_epoch,
                     "speed/tokens_per_second": count * config.data.batch_size * config.data.window / timing.seconds,
+                    "speed/step_milliseconds": 1000 * timing.seconds / count,
                     "speed/waiting_for_data": timing.waited / timing.seconds,
                 },
             )

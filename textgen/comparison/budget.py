@@ -8,20 +8,9 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from textgen import models
+from textgen import models, parallel, train
 from textgen.comparison.arms import BudgetConfig
 from textgen.config import Config, UserError, require
-
-# Matrix products of bfloat16 without sparsity, FLOP/s, from the makers' data sheets.
-PEAKS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +42,10 @@ def cost(config: Config, vocab_size: int) -> Cost:
         for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     ]
     tokens = config.train.steps * config.data.batch_size * config.data.window
-    # In a stream a token sees all that the carry holds, and not its own window alone.
-    seen = config.data.window if config.data.order == "shuffled" else max(tokens // config.data.batch_size, 1)
     return Cost(
         parameters=sum(size for _, size in sizes),
         non_embedding_parameters=sum(size for names, size in sizes if not names & {"embedding", "positions", "head"}),
-        train_flops=3 * (model.flops_per_token(seen) + model.ahead_flops_per_token()) * tokens,
+        train_flops=train.flops_per_token(model, config) * tokens,
         tokens=tokens,
         width=config.model.width,
         steps=config.train.steps,
@@ -67,8 +54,7 @@ def cost(config: Config, vocab_size: int) -> Cost:
 
 def utilisation(cost: Cost, seconds: float | None) -> float | None:
     """The share of the device's peak in bfloat16 that a run used (MFU); None where the peak is not known."""
-    kind = jax.devices()[0].device_kind
-    peak = next((flops for name, flops in PEAKS.items() if name in kind), None)
+    peak = parallel.peak_flops()
     return cost.train_flops / seconds / peak if peak and seconds else None
 
 
