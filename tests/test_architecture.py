@@ -11,7 +11,7 @@ LAYERS = [
     {"schema"},
     {"config", "plays", "tokenizers", "logs", "pages", "textmetrics"},
     {"corpora", "data", "tasks", "models", "sampling", "generate", "decoders", "decoding", "speculative"}
-    | {"objectives", "optimizers", "parallel"},
+    | {"objectives", "optimizers", "parallel", "windows"},
     {"checkpoints", "evaluate", "samples"},
     {"train", "inference"},
     {"run", "assess", "study"},
@@ -26,6 +26,7 @@ LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
 BESIDE = {
     ("plays", "config"),
     ("tokenizers", "config"),
+    ("windows", "objectives"),
     ("data", "corpora"),
     ("generate", "parallel"),
     ("generate", "sampling"),

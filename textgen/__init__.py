@@ -24,6 +24,7 @@ The house, from the ground up; a module imports only lower layers:
        decoding     the loop around them
        speculative  several tokens for one call of the model
        objectives   next-token nats
+       windows      a sequence cut into windows, and every token of them scored
        optimizers   config -> optax
        parallel     the mesh, and where every array lives
     2  checkpoints  a run's folder

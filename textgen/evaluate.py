@@ -6,10 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from textgen import windows
 from textgen.config import require
 from textgen.data import Split, Tokens
 from textgen.models import Model
@@ -68,33 +68,23 @@ class Evaluator:
             batch_size = max(min(batch_size, CPU_TOKENS // window), 1)
         self.model, self.window, self.batch_size = model, window, batch_size
 
-        def in_windows(params: Any, windows: Any) -> Any:
-            windows = windows.astype(jnp.int32)
-            logits, _ = model.apply({"params": params}, windows[:, :-1])
-            return next_token_nats(logits, windows[:, 1:])
-
         def in_stream(params: Any, tokens: Any, targets: Any, carry: Any, length: Any) -> Any:
             logits, carry = model.apply({"params": params}, tokens, carry, length)
             return next_token_nats(logits, targets), carry
 
-        self._in_windows = jax.jit(in_windows)
         self._in_stream = jax.jit(in_stream, donate_argnums=3)
 
     def window_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "M"]:
         """-ln p of every token but the first, each predicted from its own window alone."""
-        window, rows = self.window, self.batch_size
-        count = len(tokens) - 1
-        windows = -(-count // window)
-        padded = np.zeros(-(-windows // rows) * rows * window + 1, tokens.dtype)
-        padded[: len(tokens)] = tokens
-        starts = np.arange(0, len(padded) - 1, window).reshape(-1, rows)
+        rows = self.batch_size
+        ids, scored = windows.cut(tokens, self.window, multiple=rows)
 
-        def read(some: Any) -> Float[np.ndarray, "N"]:
-            return np.asarray(self._in_windows(params, padded[some[:, None] + np.arange(window + 1)])).ravel()
+        def score(start: int) -> Float[np.ndarray, "R W"]:
+            return np.asarray(windows.nll(self.model, params, ids[start : start + rows]))
 
         # One batch for each worker, and one that waits: no more are held.
         with ThreadPoolExecutor(workers() + 1) as pool:
-            return np.concatenate(list(pool.map(read, starts)))[:count]
+            return np.concatenate(list(pool.map(score, range(0, len(ids), rows))))[scored]
 
     def stream_nats(self, params: Any, tokens: Tokens) -> Float[np.ndarray, "M"]:
         """-ln p of every token but the first, each predicted from all that came before it.

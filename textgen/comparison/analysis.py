@@ -7,6 +7,8 @@ from its own window alone.
 import numpy as np
 from jaxtyping import Float, Integer, Shaped
 
+from textgen import windows
+
 ENOUGH = 50_000  # tokens to choose a mixture's weights on
 STEPS = 200  # of expectation maximisation; the weights are then still to 4 digits
 Groups = dict[str, np.ndarray]  # label -> which predictions, [N] of bool
@@ -52,11 +54,7 @@ def repeated(tokens: Shaped[np.ndarray, "T"], window: int) -> Integer[np.ndarray
 
     A window's own are the token it begins with and those that it predicts; a copy may overlap.
     """
-    count = len(tokens) - 1
-    rows = -(-count // window)
-    padded = np.full(rows * window + 1, -1, np.int64)
-    padded[: len(tokens)] = tokens
-    texts = padded[np.arange(rows)[:, None] * window + np.arange(window + 1)]
+    texts, scored = windows.cut(np.asarray(tokens, np.int64), window, fill=-1)
     longest = np.zeros(texts.shape, np.int32)
     for lag in range(1, window + 1):
         same = texts[:, lag:] == texts[:, :-lag]
@@ -64,7 +62,7 @@ def repeated(tokens: Shaped[np.ndarray, "T"], window: int) -> Integer[np.ndarray
         place = np.arange(1, same.shape[1] + 1, dtype=np.int32)
         run = place - np.maximum.accumulate(np.where(same, 0, place), axis=1)
         np.maximum(longest[:, lag:], run, out=longest[:, lag:])
-    return longest[:, 1:].reshape(-1)[:count]
+    return longest[:, 1:][scored]
 
 
 def ensemble(nats: Float[np.ndarray, "S N"]) -> Float[np.ndarray, "N"]:

@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from textgen import checkpoints, data, inference
+from textgen import checkpoints, data, inference, windows
 from textgen.inference import TextModel
-from textgen.objectives import next_token_nats
 
 RATES = (3e-4, 1e-3, 3e-3)  # to choose from
 DECAY = 1e-3  # of the way back to the trained parameters, per window
@@ -37,9 +36,9 @@ def nats(
       rates: learning rates, one row each.
     """
     window = lm.config.eval_window
-    sizes = _gradient_sizes(lm.model, lm.params, *_windows(history[-HISTORY * window - 1 :], window))
-    windows = _windows(tokens, window)
-    made = [_read(lm.model, lm.params, sizes, *windows, np.float32(rate)) for rate in rates]
+    sizes = _gradient_sizes(lm.model, lm.params, *windows.cut(history[-HISTORY * window - 1 :], window))
+    ids, scored = windows.cut(tokens, window)
+    made = [_read(lm.model, lm.params, sizes, ids, scored, np.float32(rate)) for rate in rates]
     return np.stack([np.asarray(rows).reshape(-1)[: len(tokens) - 1] for rows in made])
 
 
@@ -85,19 +84,8 @@ def add(folder: str | Path) -> None:
             checkpoints.write_json(path, done)
 
 
-def _windows(tokens: Any, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """[R, W+1] ids and which predictions are real, [R, W]."""
-    count = len(tokens) - 1
-    rows = -(-count // window)
-    padded = np.zeros(rows * window + 1, np.int32)
-    padded[: len(tokens)] = tokens
-    ids = padded[np.arange(rows)[:, None] * window + np.arange(window + 1)]
-    return ids, np.arange(rows * window).reshape(rows, window) < count
-
-
 def _loss(model: Any, params: Any, ids: Any, real: Any) -> tuple[Any, Any]:
-    logits, _ = model.apply({"params": params}, ids[None, :-1])
-    each = next_token_nats(logits[0], ids[1:])
+    each = windows.nll(model, params, ids[None])[0]
     return jnp.sum(each * real) / jnp.sum(real), each
 
 

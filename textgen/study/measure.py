@@ -10,9 +10,8 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from textgen import data, inference, models, sampling, textmetrics
+from textgen import data, inference, models, sampling, textmetrics, windows
 from textgen.models import ngram
-from textgen.objectives import next_token_nats
 from textgen.study import ladder
 from textgen.tokenizers import Tokenizer, pieces
 
@@ -126,11 +125,6 @@ def _log_probability(model: Any, params: Any, tokens: Any) -> Any:
     return jax.nn.log_softmax(model.apply({"params": params}, tokens)[0])
 
 
-@partial(jax.jit, static_argnums=0)
-def _nats(model: Any, params: Any, rows: Any) -> Any:
-    return next_token_nats(model.apply({"params": params}, rows[:, :-1])[0], rows[:, 1:])
-
-
 def score(model: Any, params: Any, rows: Sequence[Any]) -> list[Any]:
     """-ln p of each token after the first of each row, from a fresh start, many rows at once.
 
@@ -138,15 +132,15 @@ def score(model: Any, params: Any, rows: Sequence[Any]) -> list[Any]:
     """
     longest = max(len(row) for row in rows) - 1
     window = min(longest, model.max_positions or longest)
-    parts = [row[i : i + window + 1] for row in rows for i in range(0, len(row) - 1, window)]
     batch = int(np.clip(2**24 // (window * model.vocab_size), 1, 64))  # [B, T, V] of 64 MB
-    padded = np.zeros((-(-len(parts) // batch) * batch, window + 1), np.int32)
-    for line, part in zip(padded, parts, strict=False):
-        line[: len(part)] = part
-    nats = [np.asarray(_nats(model, params, padded[i : i + batch])) for i in range(0, len(padded), batch)]
-    flat = iter(np.concatenate(nats))
-    lengths = [[len(row[i : i + window + 1]) - 1 for i in range(0, len(row) - 1, window)] for row in rows]
-    return [np.concatenate([next(flat)[:n] for n in some]) for some in lengths]
+    cuts = [windows.cut(np.asarray(row, np.int32), window) for row in rows]
+    ids = np.concatenate([ids for ids, _ in cuts])
+    padded = np.zeros((-(-len(ids) // batch) * batch, window + 1), np.int32)
+    padded[: len(ids)] = ids
+    nats = [np.asarray(windows.nll(model, params, padded[i : i + batch])) for i in range(0, len(padded), batch)]
+    ends = np.cumsum([len(ids) for ids, _ in cuts])
+    parts = np.split(np.concatenate(nats)[: len(ids)], ends[:-1])
+    return [part[scored] for part, (_, scored) in zip(parts, cuts, strict=True)]
 
 
 Judge = Callable[[Sequence[str], Sequence[str]], float]  # (prompts, texts) -> nats per character of the texts
