@@ -25,7 +25,7 @@ TASKS = {
 
 
 def get_config(arg: str = ""):
-    """Args: arg: names in textgen.tasks.TASKS, with commas; none: all that stand above."""
+    """Args: arg: names in textgen.data.tasks.TASKS, with commas; none: all that stand above."""
     names = arg.split(",") if arg else list(TASKS)
     config = base.get_config()
     config.corpus.name = "none"  # the tasks are generated
@@ -39,7 +39,7 @@ def get_config(arg: str = ""):
     config.optimizer.clip_norm = 1.0
 
     config.probes = ConfigDict()
-    config.probes.tasks = ConfigDict()  # name in textgen.tasks.TASKS -> the keys that differ for it
+    config.probes.tasks = ConfigDict()  # name in textgen.data.tasks.TASKS -> the keys that differ for it
     for name in names:
         window, steps = TASKS.get(name, (32, 600))
         own = {"data": {"window": window}, "train": {"steps": steps}}

@@ -58,7 +58,7 @@ def launch(main: Callable[[], Any], *, goes_on: bool = False) -> None:
             os._exit(141)
         except Exception as error:
             from textgen.config import UserError
-            from textgen.train import Interrupted
+            from textgen.training.loop import Interrupted
 
             if isinstance(error, Interrupted):
                 print(f"{str(error).capitalize()}; everything so far is saved. To go on, run the same command again:")

@@ -21,10 +21,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 
 def main() -> None:
     from configs import sweeps
-    from textgen import logs, parallel, run
+    from textgen import logs, parallel
+    from textgen import session as session_lib
     from textgen.comparison import arms, compare, dynamic, report
 
-    run.use_compilation_cache()
+    session_lib.use_compilation_cache()
     parallel.use_cores()
     config = sweeps.from_text(_CONFIG.value, _SWEEP.value) if _SWEEP.value else _CONFIG.value
     session = compare.Session(arms.from_dict(config), _WORKDIR.value)

@@ -15,14 +15,15 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    from textgen import assess, inference, run
+    from textgen import session, trained_model
     from textgen.config import require
+    from textgen.evaluation import summary
 
-    run.use_compilation_cache()
+    session.use_compilation_cache()
     require(not (_SPLIT.value and _TEXT.value), "--text is instead of a part of the run's corpus: leave out --split.")
-    lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
-    reports = assess.evaluate_model(lm, split=_SPLIT.value or "validation", text=_TEXT.value)
-    print(assess.reports_as_json(reports) if _JSON.value else assess.reports_as_text(reports))
+    lm = trained_model.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    reports = summary.evaluate_model(lm, split=_SPLIT.value or "validation", text=_TEXT.value)
+    print(summary.reports_as_json(reports) if _JSON.value else summary.reports_as_text(reports))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-    from textgen import inference, logs, run, study
+    from textgen import logs, session, study, trained_model
 
-    run.use_compilation_cache()
-    lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    session.use_compilation_cache()
+    lm = trained_model.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     chains = study.chains(_TEMPERATURES.value, _SAMPLER.value, lm.tokenizer.encode)
     page = Path(_OUTPUT.value or f"{_WORKDIR.value}/explore.html")
     study.check_page(page)
@@ -41,7 +41,7 @@ def main() -> None:
         length=_LENGTH.value,
         num_samples=_NUM_SAMPLES.value,
         seed=_SEED.value,
-        judges={path: inference.load(path) for path in _JUDGE.value or []},
+        judges={path: trained_model.load(path) for path in _JUDGE.value or []},
     )
     study.publish(found, page, Path(_WORKDIR.value) / "explore")
     logs.console.print(study.as_text(found), markup=False)

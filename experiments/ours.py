@@ -59,10 +59,10 @@ def training(shape: Shape, steps: int = STEPS) -> Callable[[], None]:
     import jax
     import numpy as np
 
-    from textgen import parallel, train
+    from textgen import parallel
 
     config, model = build(shape)
-    trainer = train.Trainer(model, config, parallel.make_mesh(config))
+    trainer = loop_lib.Trainer(model, config, parallel.make_mesh(config))
     state = trainer.init()
     random = np.random.default_rng(0)
 
@@ -107,7 +107,7 @@ def evaluation(shape: Shape) -> Callable[[], None]:
     """The loss of STEPS batches."""
     import numpy as np
 
-    from textgen.evaluate import Evaluator
+    from textgen.evaluation.evaluator import Evaluator
 
     _, model = build(shape)
     evaluator = Evaluator(model, window=shape.tokens, batch_size=shape.rows)
@@ -120,15 +120,13 @@ def decoding(shape: Shape, model: Any = None, params: Any = None) -> Callable[[]
     """New tokens, and what the sampler tells of each; of an untrained model of that shape where none is given."""
     import numpy as np
 
-    from textgen import generate, sampling
-
     if model is None:
         model = build(shape)[1]
         params = _params(model)
     step = lambda params, *inputs: model.apply({"params": params}, *inputs, method="next_token")
-    generator = generate.Generator(step, model.init_carry, model.max_positions)
-    chain = sampling.chain(sampling.temperature(TEMPERATURE))
-    prompt, keys = [np.arange(PROMPT, dtype=np.int32)], generate.row_keys(0, shape.rows)
+    generator = scan_lib.Generator(step, model.init_carry, model.max_positions)
+    chain = transforms_lib.chain(transforms_lib.temperature(TEMPERATURE))
+    prompt, keys = [np.arange(PROMPT, dtype=np.int32)], scan_lib.row_keys(0, shape.rows)
     return lambda: generator(params, prompt, keys, chain, length=shape.tokens, num_samples=shape.rows)
 
 
@@ -143,9 +141,11 @@ class Speculation:
 
         from configs import shakespeare
         from textgen import config as config_lib
-        from textgen import corpora, data, models, parallel, train
+        from textgen import models, parallel
+        from textgen.codecs.text import CharacterTokenizer
+        from textgen.data import corpora, dataset
         from textgen.models import ngram
-        from textgen.tokenizers import CharacterTokenizer
+        from textgen.training import loop as loop_lib
 
         text = corpora.NAMED["tiny_shakespeare"]()
         tokens = CharacterTokenizer("".join(sorted(set(text)))).encode(text)
@@ -153,8 +153,8 @@ class Speculation:
         source.train.steps = LEARNING
         config = config_lib.from_dict(source)
         model = models.build(config, SMALL.vocabulary)
-        trainer = train.Trainer(model, config, parallel.make_mesh(config))
-        state, batches, most = trainer.init(), data.Batches(tokens, config.data, 0), config.train.steps_per_dispatch
+        trainer = loop_lib.Trainer(model, config, parallel.make_mesh(config))
+        state, batches, most = trainer.init(), dataset.Batches(tokens, config.data, 0), config.train.steps_per_dispatch
         for step in range(0, LEARNING, most):
             state, _ = trainer.dispatch(state, *batches(step, min(most, LEARNING - step)))
         tables = jax.tree.map(jax.numpy.asarray, ngram.fit(np.asarray(tokens), ORDER, SMALL.vocabulary))
@@ -164,11 +164,13 @@ class Speculation:
         """Several tokens a call."""
         import numpy as np
 
-        from textgen import generate, sampling, speculative
+        from textgen.generation import scan as scan_lib
+        from textgen.generation import speculative
+        from textgen.generation import transforms as transforms_lib
 
         model, params, draft, tables = self.trained
         speculator = speculative.speculator(model, draft, gamma=GAMMA)
-        chain, keys = sampling.chain(sampling.temperature(TEMPERATURE)), generate.row_keys(0, 1)
+        chain, keys = transforms_lib.chain(transforms_lib.temperature(TEMPERATURE)), scan_lib.row_keys(0, 1)
         prompt = [np.arange(PROMPT, dtype=np.int32)]
 
         def call() -> None:

@@ -11,9 +11,10 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from textgen import logs, parallel, probes, run
+    from textgen import logs, parallel, session
+    from textgen.comparison import probes
 
-    run.use_compilation_cache()
+    session.use_compilation_cache()
     parallel.use_cores()
     given = config_flags.get_override_values(flags.FLAGS["config"])
     report = probes.Probes(probes.cells_from(_CONFIG.value, given), _WORKDIR.value).run()

@@ -43,21 +43,23 @@ _REPLAY = flags.DEFINE_string("replay", None, "Make the samples of a file of --j
 
 
 def main() -> None:
-    from textgen import inference, logs, run, samples, tokenizers
+    from textgen import logs, session, trained_model
+    from textgen.codecs import text
     from textgen.config import require
+    from textgen.generation import samples
 
-    run.use_compilation_cache()
+    session.use_compilation_cache()
     own = flags.FLAGS.get_key_flags_for_module(flags.FLAGS.find_module_defining_flag("replay"))
     given = {flag.name for flag in own if flag.present}
     if _REPLAY.value is not None:
         idle = sorted(given - {"replay", "workdir"})
         require(not idle, f"--replay takes all settings from the file: leave out --{', --'.join(idle)}.")
-        inference.replay_file(_REPLAY.value, workdir=_WORKDIR.value)
+        trained_model.replay_file(_REPLAY.value, workdir=_WORKDIR.value)
         return
     require(_WORKDIR.value is not None, "Give the run's folder: --workdir=DIR.")
     require("gamma" not in given or _SPECULATE.value, "--gamma says how many tokens --speculate proposes: give both.")
     require(not (_SHADE.value and (_JSON.value or _STREAM.value)), "--shade goes with neither --json nor --stream.")
-    lm = inference.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
+    lm = trained_model.load(_WORKDIR.value, checkpoint=_CHECKPOINT.value)
     prompts = _PROMPT.value or [lm.config.sample.prompt]
     chain = lm.chain(_SAMPLER.value, **{name: flags.FLAGS[name].value for name in samples.PLAIN})
     options = {
@@ -76,7 +78,7 @@ def main() -> None:
         lm.print_stream(prompts[0], **options)
         return
     draft = _SPECULATE.value
-    draft = inference.load(draft) if draft not in (None, "heads") else draft
+    draft = trained_model.load(draft) if draft not in (None, "heads") else draft
     options |= {"decoder": _DECODER.value, "draft": draft, "gamma": _GAMMA.value}
     made = lm.samples(prompts, num_samples=_NUM_SAMPLES.value, **options)
     for sample in made:
@@ -86,7 +88,7 @@ def main() -> None:
             how = f"{_DECODER.value} of {chain}, {sample.score:.3f}" if _DECODER.value else str(chain)
             print(f"--- {how}, seed {_SEED.value}, sample {sample.recipe['sample']}: {sample.summary()}")
             if _SHADE.value:
-                pieces = tokenizers.pieces(lm.tokenizer, sample.tokens)
+                pieces = text.pieces(lm.tokenizer, sample.tokens)
                 shaded = logs.shade(pieces, -sample.log_probability)
                 logs.console.print(sample.prompt, end="", markup=False, highlight=False, soft_wrap=True)
                 logs.console.print(shaded, end="\n\n", soft_wrap=True)

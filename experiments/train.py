@@ -13,16 +13,17 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from textgen import config, logs, parallel, run
+    from textgen import config, logs, parallel
+    from textgen import session as session_lib
 
-    run.use_compilation_cache()
+    session_lib.use_compilation_cache()
     parallel.use_cores()
     parallel.initialize_distributed()
     file = config_flags.get_config_filename(flags.FLAGS["config"])
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     workdir = Path("runs") / Path(file.replace(":", "-").replace(".py", "")).name
     workdir = workdir if _WORKDIR.value is None else _WORKDIR.value
-    session = run.open_session(config.from_dict(_CONFIG.value), workdir, overrides)
+    session = session_lib.open_session(config.from_dict(_CONFIG.value), workdir, overrides)
     logs.console.print(session.describe())
     session.run()
 

@@ -8,7 +8,7 @@ from conftest import TEXT, tiny
 from scipy.signal import lfilter
 
 from textgen import config as config_lib
-from textgen import data
+from textgen.data import dataset as dataset_lib
 
 WINDOW = 32
 
@@ -29,7 +29,7 @@ def made_up(folder, arms, *, seeds=3, text=TEXT * 10, kind="characters", baselin
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "text.txt").write_text(text, encoding="utf-8")
     config = tiny({"corpus.path": str(folder / "text.txt"), "data.window": WINDOW, "tokenizer.kind": kind})
-    dataset = data.load(config)
+    dataset = dataset_lib.load(config)
     characters, size, digest = dataset.corpus.size
     count = len(dataset.validation.tokens) - 1
     random = np.random.default_rng(0)

@@ -51,7 +51,10 @@ def pytest_collection_modifyitems(items):
 
 from configs import base  # noqa: E402
 from textgen import config as config_lib  # noqa: E402
-from textgen import models  # noqa: E402
+from textgen import models, parallel  # noqa: E402
+from textgen.codecs.text import CharacterTokenizer  # noqa: E402
+from textgen.data import dataset  # noqa: E402
+from textgen.training import loop  # noqa: E402
 
 # A paragraph of our own, long enough for every tiny config.
 TEXT = (
@@ -87,6 +90,17 @@ def tiny(overrides=None):
     source = base.get_config()
     source.update_from_flattened_dict(flat | (overrides or {}))
     return config_lib.from_dict(source)
+
+
+TOKENIZER = CharacterTokenizer("".join(sorted(set(TEXT))))
+TOKENS = TOKENIZER.encode(TEXT)
+
+
+def trainer_of(overrides=None):
+    """A Trainer of a tiny model, and the batches of TEXT."""
+    config = tiny(overrides)
+    model = models.build(config, TOKENIZER.vocab_size)
+    return loop.Trainer(model, config, parallel.make_mesh(config)), dataset.Batches(TOKENS, config.data, config.seed)
 
 
 def noisy_params(model, seed=0):

@@ -12,7 +12,9 @@ import sys
 import tempfile
 
 from experiments import launch  # noqa: F401
-from textgen import assess, inference, parallel, run, study  # noqa: F401
+from textgen import (
+    study,  # noqa: F401
+)
 from textgen.comparison import compare  # noqa: F401
 
 SECONDS = 300  # that a command may take

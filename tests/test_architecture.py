@@ -1,45 +1,25 @@
 """The rules of the house, read from its imports."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS = [
-    {"errors"},
-    {"schema"},
-    {"config", "plays", "tokenizers", "logs", "pages", "textmetrics"},
-    {"corpora", "data", "tasks", "models", "sampling", "generate", "decoders", "decoding", "speculative"}
-    | {"objectives", "optimizers", "parallel", "windows"},
-    {"checkpoints", "evaluate", "samples"},
-    {"train", "inference"},
-    {"run", "assess", "study"},
-    {"comparison.analysis", "comparison.arms", "comparison.document", "comparison.statistics"},
-    {"comparison.budget", "comparison.dynamic", "comparison.ensemble", "comparison.figures", "comparison.results"},
-    {"comparison.details", "comparison.jobs", "comparison.ledger", "probes"},
-    {"comparison.report"},
-    {"comparison.compare"},
-]
-LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
-# Within a layer, who may know whom.
-BESIDE = {
-    ("plays", "config"),
-    ("tokenizers", "config"),
-    ("windows", "objectives"),
-    ("data", "corpora"),
-    ("generate", "parallel"),
-    ("generate", "sampling"),
-    ("decoding", "decoders"),
-    ("optimizers", "parallel"),
-    ("speculative", "parallel"),
-    ("run", "assess"),
-}
-BESIDE |= {(room, other) for room in ("decoders", "decoding", "speculative") for other in ("generate", "sampling")}
+# From the ground up: a module imports only from its own wing and from those before it.
+WINGS = [
+    "errors", "schema", "config", "logs", "pages", "parallel", "codecs", "data", "models", "generation", "training",
+    "checkpoints", "evaluation", "trained_model", "study", "session", "comparison",
+]  # fmt: skip
 
 
-def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+def parsed(path):
+    return ast.parse(path.read_text())
+
+
+def imports(nodes):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -47,45 +27,54 @@ def imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room_of(parts):
-    """A module or a package; of the largest package, a module in it."""
-    return ".".join(parts[:2]) if parts[0] == "comparison" else parts[0]
-
-
-def rooms():
+def modules():
+    """(wing, dotted name below textgen, path) of every module."""
     for path in sorted((ROOT / "textgen").rglob("*.py")):
         parts = path.relative_to(ROOT / "textgen").with_suffix("").parts
-        if parts not in (("__init__",), ("comparison", "__init__")):
-            yield room_of(parts), path
+        parts = parts[:-1] if parts[-1] == "__init__" else parts
+        if parts:
+            yield parts[0], ".".join(parts), path
 
 
-def test_every_room_has_a_layer():
-    assert {room for room, _ in rooms()} == set(LAYER)
+MODULES = list(modules())
 
 
-@pytest.mark.parametrize(("room", "path"), list(rooms()), ids=lambda x: getattr(x, "stem", x))
-def test_a_module_imports_only_lower_layers(room, path):
-    for name in imports(path):
-        if name.startswith("textgen."):
-            other = room_of(name.split(".")[1:])
-            if other in LAYER and other != room:
-                assert LAYER[other] < LAYER[room] or (room, other) in BESIDE, f"{room} imports {other}"
+def test_every_module_stands_in_a_wing():
+    assert {wing for wing, _, _ in MODULES} == set(WINGS)
 
 
-def test_only_the_rooms_that_should_know_a_library_do():
-    for room, path in rooms():
-        for name in imports(path):
-            if name.startswith("flax.linen"):
-                assert room == "models", f"{path.name} imports flax.linen"
-            if name.startswith("ml_collections"):
-                assert room in {"config", "run"}, f"{path.name} imports ml_collections"
-            assert not name.startswith(("configs", "experiments", "tensorflow")), f"{path.name} imports {name}"
-            if room in {"sampling", "generate", "decoders", "decoding", "speculative"}:
-                assert not name.startswith("textgen.models"), f"{path.name} imports {name}"
+@pytest.mark.parametrize(("wing", "name", "path"), MODULES, ids=[name for _, name, _ in MODULES])
+def test_a_module_imports_only_from_its_own_wing_and_from_lower_ones(wing, name, path):
+    for imported in imports(ast.walk(parsed(path))):
+        if imported.startswith("textgen."):
+            other = imported.split(".")[1]
+            if other in WINGS:
+                assert WINGS.index(other) <= WINGS.index(wing), f"{name} imports {imported}"
+
+
+def test_no_modules_import_each_other():
+    names = {name for _, name, _ in MODULES}
+    graph = {}
+    for _, name, path in MODULES:
+        imported = {full.removeprefix("textgen.") for full in imports(ast.walk(parsed(path)))}
+        graph[name] = (imported & names) - {name} - {".".join(name.split(".")[:i]) for i in range(1, 4)}
+    list(TopologicalSorter(graph).static_order())
+
+
+def test_only_the_wings_that_should_know_a_library_do():
+    for wing, name, path in MODULES:
+        for imported in imports(ast.walk(parsed(path))):
+            if imported.startswith("flax.linen"):
+                assert wing == "models", f"{name} imports flax.linen"
+            if imported.startswith("ml_collections"):
+                assert wing in {"config", "session"}, f"{name} imports ml_collections"
+            assert not imported.startswith(("configs", "experiments", "tensorflow")), f"{name} imports {imported}"
+            if wing == "generation":
+                assert not imported.startswith("textgen.models"), f"{name} imports {imported}"
 
 
 def test_experiments_are_thin():
     of_the_benchmark = {"benchmark", "ours", "peers"}
     for path in (ROOT / "experiments").glob("*.py"):
-        names = {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+        names = {node.name for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef)}
         assert path.stem in of_the_benchmark | {"__init__"} or names == {"main"}, f"{path.name} holds logic: {names}"

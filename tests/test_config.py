@@ -11,8 +11,9 @@ from conftest import tiny
 
 from configs import base
 from textgen import config as config_lib
-from textgen import data, models
+from textgen import models
 from textgen.config import UserError
+from textgen.data import dataset
 
 CONFIGS = sorted(p.stem for p in (Path(__file__).parents[1] / "configs").glob("*.py") if p.stem != "__init__")
 ELSEWHERE = {
@@ -146,7 +147,7 @@ def test_a_flag_of_another_backbone_is_refused():
 
 def test_the_split_of_tiny_shakespeare_is_nanogpts():
     corpus = tiny().corpus
-    assert data.bounds(1_115_394, corpus)[:2] == (1_003_854, 1_115_394)
+    assert dataset.bounds(1_115_394, corpus)[:2] == (1_003_854, 1_115_394)
 
 
 def test_base_has_every_key_and_a_saved_config_may_lack_the_youngest():

@@ -17,8 +17,11 @@ from conftest import TEXT, tiny
 from ml_collections import ConfigDict
 
 import textgen
-from textgen import assess, checkpoints, config, logs, run, train
+from textgen import checkpoints, config, logs
+from textgen import session as session_lib
 from textgen.config import UserError
+from textgen.evaluation import summary
+from textgen.training import loop
 
 # Libraries below warn of what is theirs to mend.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning")
@@ -34,7 +37,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "text.txt").write_text(TEXT)
     workdir = folder / "runs" / "one"
-    final = run.Session(configured(folder / "text.txt"), workdir, {"data.window": 16}).run()
+    final = session_lib.Session(configured(folder / "text.txt"), workdir, {"data.window": 16}).run()
     return workdir, final
 
 
@@ -59,7 +62,7 @@ def curve(workdir):
 def test_from_python_a_configdict_will_do_and_the_session_has_the_trained_model(tmp_path):
     given = ConfigDict(config.to_dict(configured(tmp_path / "text.txt", {"train.steps": 4})))
     (tmp_path / "text.txt").write_text(TEXT)
-    session = run.open_session(given, tmp_path / "run")
+    session = session_lib.open_session(given, tmp_path / "run")
     session.run()
     assert session.model.step == 4
     params_equal(session.model.params, textgen.load(tmp_path / "run").params)
@@ -90,14 +93,14 @@ def test_a_run_leaves_its_config_its_curve_and_its_checkpoints(finished):
 
 def test_the_phases_of_a_run_add_up_to_its_time(monkeypatch):
     clock, compiled = [100.0], []
-    monkeypatch.setattr(run.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(run, "_compiling", compiled)
+    monkeypatch.setattr(session_lib.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(session_lib, "_compiling", compiled)
 
     def spend(seconds, compiling=0.0):
         clock[0] += seconds
         compiled.append(compiling)
 
-    timer = run.PhaseTimer("set up")
+    timer = session_lib.PhaseTimer("set up")
     spend(3)
     with timer.phase("train"):
         spend(10, compiling=4)
@@ -114,10 +117,10 @@ def test_the_phases_of_a_run_add_up_to_its_time(monkeypatch):
 
 
 def test_where_the_peak_is_known_the_curve_has_model_flop_utilization(tmp_path, monkeypatch):
-    monkeypatch.setattr(run.parallel, "peak_flops", lambda: 1e9)
+    monkeypatch.setattr(session_lib.parallel, "peak_flops", lambda: 1e9)
     (tmp_path / "text.txt").write_text(TEXT)
     config = configured(tmp_path / "text.txt", {"train.steps": 4})
-    session = run.open_session(config, tmp_path / "run")
+    session = session_lib.open_session(config, tmp_path / "run")
     session.run()
     row = logs.read_metrics(tmp_path / "run")[0]
     flops = 3 * session.model.model.flops_per_token(config.data.window)
@@ -158,7 +161,7 @@ def test_a_loaded_model_generates_streams_and_scores(finished):
     assert a.prompt + a.text == text
     assert b.text == lm.samples("mill", length=20, temperature=0.8, seed=3)[0].text != c.text
     np.testing.assert_allclose(lm.score(a.prompt + a.text)[-20:], a.log_probability, atol=1e-4)
-    stream = assess.evaluate_model(lm)["stream"]
+    stream = summary.evaluate_model(lm)["stream"]
     np.testing.assert_allclose(stream.loss, final["validation_stream/loss"], rtol=1e-6)
     assert lm.config == checkpoints.load_config(workdir)
     assert lm.step == 12
@@ -197,13 +200,13 @@ def test_evaluation_of_a_file(finished, tmp_path):
     workdir, _ = finished
     lm = textgen.load(workdir)
     (tmp_path / "a.txt").write_text("The river went by the mill.")
-    report = assess.evaluate_model(lm, text=str(tmp_path / "a.txt"))["stream"]
+    report = summary.evaluate_model(lm, text=str(tmp_path / "a.txt"))["stream"]
     np.testing.assert_allclose(report.loss, -lm.score("The river went by the mill.").mean(), rtol=1e-5)
-    assert json.loads(assess.reports_as_json({"stream": report}))["stream"]["tokens"] == 26
+    assert json.loads(summary.reports_as_json({"stream": report}))["stream"]["tokens"] == 26
     with pytest.raises(UserError, match="There is no file"):
-        assess.evaluate_model(lm, text=str(tmp_path / "absent"))
+        summary.evaluate_model(lm, text=str(tmp_path / "absent"))
     with pytest.raises(UserError, match="has no test split"):
-        assess.evaluate_model(lm, split="test")
+        summary.evaluate_model(lm, split="test")
 
 
 @pytest.mark.parametrize(
@@ -237,9 +240,9 @@ def test_bad_requests_of_a_loaded_model(finished, prompt, options, message):
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted(text_file, tmp_path, name, how, monkeypatch):
     settings = configured(text_file, {"model.backbone": name, "data.order": "stream", "train.ema_decay": 0.9})
-    run.Session(settings, tmp_path / "whole").run()
+    session_lib.Session(settings, tmp_path / "whole").run()
 
-    original, calls = train.Trainer.dispatch, []
+    original, calls = loop.Trainer.dispatch, []
 
     def interrupting(self, state, windows, fresh):
         calls.append(1)
@@ -249,18 +252,18 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(text_file, tmp_path, 
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, state, windows, fresh)
 
-    monkeypatch.setattr(train.Trainer, "dispatch", interrupting)
-    with pytest.raises(RuntimeError if how == "crash" else train.Interrupted):
-        run.Session(settings, tmp_path / "cut").run()
+    monkeypatch.setattr(loop.Trainer, "dispatch", interrupting)
+    with pytest.raises(RuntimeError if how == "crash" else loop.Interrupted):
+        session_lib.Session(settings, tmp_path / "cut").run()
     monkeypatch.undo()
     assert 0 < checkpoints.Checkpoints(tmp_path / "cut", read_only=True).steps()[-1] < 12
-    run.Session(settings, tmp_path / "cut").run()
+    session_lib.Session(settings, tmp_path / "cut").run()
 
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
     states = []
     for workdir in ("whole", "cut"):
         kept = checkpoints.Checkpoints(tmp_path / workdir, read_only=True)
-        states.append(kept.restore_state(12, run.Session(settings, tmp_path / workdir).trainer.abstract))
+        states.append(kept.restore_state(12, session_lib.Session(settings, tmp_path / workdir).trainer.abstract))
         kept.close()
     unkeyed = [jax.tree.leaves(s.replace(key=jax.random.key_data(s.key))) for s in states]
     params_equal(*unkeyed)
@@ -276,14 +279,14 @@ def test_no_ghost_points_after_a_resume(text_file, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         # Dies at the very end, with its last checkpoint lost.
-        patch.setattr(run.Session, "_finish", crash)
+        patch.setattr(session_lib.Session, "_finish", crash)
         with pytest.raises(RuntimeError):
-            run.Session(settings, tmp_path / "r").run()
+            session_lib.Session(settings, tmp_path / "r").run()
     shutil.rmtree(tmp_path / "r" / "checkpoints" / "12")
     with monkeypatch.context() as patch:
-        patch.setattr(train, "loop", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop here")))
+        patch.setattr(loop, "train", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("stop here")))
         with pytest.raises(RuntimeError):
-            run.Session(settings, tmp_path / "r").run()
+            session_lib.Session(settings, tmp_path / "r").run()
     board = EventAccumulator(str(tmp_path / "r"))
     board.Reload()
     assert [e.step for e in board.Scalars("eval/loss")] == [4]
@@ -295,11 +298,11 @@ def test_no_ghost_points_after_a_resume(text_file, tmp_path, monkeypatch):
 def test_more_steps_may_be_asked_for_and_another_model_may_not(finished, tmp_path):
     settings = copied(finished, tmp_path / "r")
     longer = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=18))
-    assert math.isfinite(run.Session(longer, tmp_path / "r").run()["eval/loss"])
+    assert math.isfinite(session_lib.Session(longer, tmp_path / "r").run()["eval/loss"])
     assert textgen.load(tmp_path / "r").step == 18
     wider = dataclasses.replace(settings, model=dataclasses.replace(settings.model, width=32))
     with pytest.raises(UserError, match=r"This workdir holds another run: model.width was 16, is 32"):
-        run.Session(wider, tmp_path / "r")
+        session_lib.Session(wider, tmp_path / "r")
 
 
 def test_fewer_steps_than_there_are_and_another_text_are_refused(finished, tmp_path, capsys):
@@ -307,7 +310,7 @@ def test_fewer_steps_than_there_are_and_another_text_are_refused(finished, tmp_p
     for steps, message in ((6, "has come to step 12, and train.steps is 6: give 12 or more"), (12, None), (13, None)):
         other = dataclasses.replace(settings, train=dataclasses.replace(settings.train, steps=steps))
         with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
-            run.Session(other, tmp_path / "r")
+            session_lib.Session(other, tmp_path / "r")
     assert capsys.readouterr().err.count("the learning rate is that of the new schedule") == 1
     text = tmp_path / "text.txt"
     text.write_text(TEXT + "\u2603")  # a character that the vocabulary lacks is the smaller news
@@ -316,16 +319,16 @@ def test_fewer_steps_than_there_are_and_another_text_are_refused(finished, tmp_p
         checkpoints.load_text(tmp_path / "r", elsewhere, checkpoints.load_tokenizer(tmp_path / "r"))
     checkpoints.write_json(tmp_path / "r" / "corpus.json", {"sha256": "0" * 64})
     with pytest.raises(UserError, match=r"The text is not the one that .* began with: its sha256 was 000000000000"):
-        run.Session(settings, tmp_path / "r")
+        session_lib.Session(settings, tmp_path / "r")
     with pytest.raises(UserError, match="The text is not the one"):
-        assess.evaluate_model(textgen.load(tmp_path / "r"))
+        summary.evaluate_model(textgen.load(tmp_path / "r"))
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(finished, tmp_path):
     settings = copied(finished, tmp_path / "four", back_to=6)
     four = dataclasses.replace(settings, mesh=dataclasses.replace(settings.mesh, data=2, fsdp=2))
-    session = run.Session(four, tmp_path / "four")
+    session = session_lib.Session(four, tmp_path / "four")
     np.testing.assert_allclose(session.run()["eval/loss"], finished[1]["eval/loss"], rtol=1e-4)
 
 
@@ -336,12 +339,12 @@ def test_workdirs_that_are_no_runs_are_refused(text_file, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        run.Session(configured(text_file), tmp_path / "full")
+        session_lib.Session(configured(text_file), tmp_path / "full")
     (tmp_path / "full" / "thesis.tex").rename(tmp_path / "full" / "tokenizer.json")  # of the user's
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        run.Session(configured(text_file), tmp_path / "full")
+        session_lib.Session(configured(text_file), tmp_path / "full")
     with pytest.raises(UserError, match="is a file"):
-        run.Session(configured(text_file), text_file)
+        session_lib.Session(configured(text_file), text_file)
     with pytest.raises(UserError, match=r"There is no workdir"):
         textgen.load(tmp_path / "absent")
     with pytest.raises(UserError, match="is no run of this project"):
@@ -350,13 +353,13 @@ def test_workdirs_that_are_no_runs_are_refused(text_file, tmp_path):
 
 def test_a_stop_while_the_folder_is_made_costs_nothing(text_file, tmp_path):
     settings, folder = configured(text_file), tmp_path / "r"
-    run.Session(settings, folder)._save_setup()
-    assert run.Session(settings, folder).resumed  # no checkpoints yet
+    session_lib.Session(settings, folder)._save_setup()
+    assert session_lib.Session(settings, folder).resumed  # no checkpoints yet
     (folder / "config.json").rename(folder / "config.json.tmp")
-    assert not run.Session(settings, folder).resumed
+    assert not session_lib.Session(settings, folder).resumed
     (folder / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="is not empty and holds no run"):
-        run.Session(settings, folder)
+        session_lib.Session(settings, folder)
 
 
 def test_a_finished_run_logs_its_end_once_and_says_what_it_can_no_longer_do(finished, tmp_path, capsys):
@@ -364,7 +367,7 @@ def test_a_finished_run_logs_its_end_once_and_says_what_it_can_no_longer_do(fini
     settings = dataclasses.replace(settings, log=dataclasses.replace(settings.log, profile_step=3))
     before = logs.read_metrics(tmp_path / "r")
     assert [sum(key in row for row in before) for key in ("validation_stream/loss", "speed/compile_seconds")] == [1, 1]
-    assert run.Session(settings, tmp_path / "r").run() == finished[1]
+    assert session_lib.Session(settings, tmp_path / "r").run() == finished[1]
     assert logs.read_metrics(tmp_path / "r") == before
     assert "No profile: the run goes on from step 12, and log.profile_step=3" in capsys.readouterr().err
 
@@ -417,10 +420,10 @@ def test_a_full_disk_ends_in_one_line_and_keeps_what_was_saved(text_file, tmp_pa
 
     monkeypatch.setattr(checkpoints.Checkpoints, "save", full)
     with pytest.raises(UserError, match=r"could not be written .*No space left.* Whole and kept: step 6"):
-        run.Session(settings, tmp_path / "r").run()
+        session_lib.Session(settings, tmp_path / "r").run()
     monkeypatch.undo()
     assert textgen.load(tmp_path / "r").step == 6
-    run.Session(settings, tmp_path / "r").run()
+    session_lib.Session(settings, tmp_path / "r").run()
     assert textgen.load(tmp_path / "r").step == 12
 
 
@@ -432,13 +435,13 @@ def test_a_diverged_run_names_its_last_good_checkpoint(finished, tmp_path):
     (tmp_path / "r" / "config.json").write_text(json.dumps(saved))
     wild = config.from_dict(saved | {"train": saved["train"] | {"steps": 40, "max_skipped_steps": 2}})
     with pytest.raises(UserError, match=r"The last good checkpoint in .* is step"):
-        run.Session(wild, tmp_path / "r").run()
+        session_lib.Session(wild, tmp_path / "r").run()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(textgen.load(tmp_path / "r", checkpoint=12).params))
 
 
 def test_two_ctrl_c_stop_at_once(text_file, tmp_path, monkeypatch):
-    session = run.Session(configured(text_file), tmp_path / "r")
-    original = train.Trainer.dispatch
+    session = session_lib.Session(configured(text_file), tmp_path / "r")
+    original = loop.Trainer.dispatch
 
     def slow(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
@@ -446,7 +449,7 @@ def test_two_ctrl_c_stop_at_once(text_file, tmp_path, monkeypatch):
         time.sleep(2)
         return original(self, *args)
 
-    monkeypatch.setattr(train.Trainer, "dispatch", slow)
+    monkeypatch.setattr(loop.Trainer, "dispatch", slow)
     with pytest.raises(KeyboardInterrupt):
         session.run()
 
@@ -454,7 +457,7 @@ def test_two_ctrl_c_stop_at_once(text_file, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_tokens_of_several_characters_train_and_report_bits_of_text(text_file, tmp_path):
     settings = configured(text_file, {"tokenizer.kind": "bpe", "tokenizer.vocab_size": 300})
-    final = run.Session(settings, tmp_path / "r").run()
+    final = session_lib.Session(settings, tmp_path / "r").run()
     assert 0 < final["eval/bits_per_character"] < 9
     assert textgen.load(tmp_path / "r").generate("The river", length=5).startswith("The river")
 
@@ -465,7 +468,7 @@ def test_histograms_and_a_profile_on_request(text_file, tmp_path):
     from tensorboard.util.tensor_util import make_ndarray
 
     settings = configured(text_file, {"log.histograms": True, "log.profile_step": 4, "log.profile_steps": 2})
-    run.Session(settings, tmp_path / "r").run()
+    session_lib.Session(settings, tmp_path / "r").run()
     board = EventAccumulator(str(tmp_path / "r"))
     board.Reload()
     (*_, last) = board.Tensors("parameters/embedding")

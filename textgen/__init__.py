@@ -4,39 +4,25 @@
     lm.generate("ROMEO:", length=200, temperature=0.8)
     lm.score("To be, or not to be")
 
-The house, from the ground up; a module imports only lower layers:
+The house, from the ground up; a module imports only from its own wing and from those before it:
 
-    0  errors       what a user can mend, in one line
-       schema       every key of a config: type, choice, relation
-       config       the strict border: ConfigDict -> those dataclasses
-       plays        Shakespeare's plays from a package
-       tokenizers   characters, bytes, words, BPE
-       logs         metrics.jsonl, TensorBoard, progress
-       pages        self-contained HTML: tables, shaded texts, figures
-       textmetrics  what can be counted in a text
-    1  corpora      named texts, or any file or folder
-       data         tokens; which of them a step sees
-       tasks        sequences whose best predictor is known
-       models/      backbones behind one contract, the shell around them, and n-grams
-       sampling/    transformations of logits, and the draw
-       generate     prefill, then one scan over any step function
-       decoders     beam search and others that choose whole texts
-       decoding     the loop around them
-       speculative  several tokens for one call of the model
-       objectives   next-token nats
-       windows      a sequence cut into windows, and every token of them scored
-       optimizers   config -> optax
-       parallel     the mesh, and where every array lives
-    2  checkpoints  a run's folder
-       evaluate     how well a text is predicted
-       samples      generated texts, where they stop, and their recipes
-    3  train        the jitted step and the loop
-       inference    a trained model in use
-    4  run          wiring
-       assess       a trained model's losses, for people and machines
-       study/       which sampler setting? a ladder, measured; and the page that shows it
-    5  comparison/  which architecture is better? arms, budgets, seeds, statistics, report
-       probes       every backbone on every task
+    errors         what a user can mend, in one line
+    schema         every key of a config: type, choice, relation
+    config         the strict border: ConfigDict -> those dataclasses
+    logs           metrics.jsonl, TensorBoard, progress
+    pages          self-contained HTML: tables, shaded texts, figures
+    parallel       the mesh, and where every array lives
+    codecs/        what sequences are made of: characters, bytes, words, BPE
+    data/          corpora, tokens on disk, batches; tasks whose best predictor is known
+    models/        backbones behind one contract, the shell around them, and n-grams
+    generation/    transforms of logits, prefill and scan, search, speculation, samples
+    training/      losses, optimizers, the jitted step and the loop
+    checkpoints    a run's folder
+    evaluation/    how well a sequence is predicted: windows, streams, summaries
+    trained_model  a trained model in use: load, generate, stream, score
+    study/         which sampler setting? a ladder, measured; and the page that shows it
+    session        wiring of a run: config -> corpus -> tokenizer -> data -> model -> optimizer -> state
+    comparison/    which architecture is better? arms, budgets, seeds, statistics, report; and probes
 
 Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/value heads, K head
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.
@@ -52,7 +38,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str):
     # Imported on first use: `import textgen` alone costs nothing.
     if name == "load":
-        from textgen.inference import load
+        from textgen.trained_model import load
 
         return load
     if name == "UserError":

@@ -13,8 +13,10 @@ import jax
 import numpy as np
 
 from textgen import config as config_lib
-from textgen import corpora, data, tokenizers
+from textgen.codecs import text as text_codec
 from textgen.config import Config, UserError, require
+from textgen.data import corpora
+from textgen.data import dataset as dataset_lib
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -58,7 +60,7 @@ def is_new(workdir: Path, setup: Sequence[str] = SETUP) -> bool:
 
 
 def save_setup(
-    workdir: Path, config: Config, changes: Mapping[str, Any], tokenizer: tokenizers.Tokenizer, digest: str
+    workdir: Path, config: Config, changes: Mapping[str, Any], tokenizer: text_codec.Tokenizer, digest: str
 ) -> None:
     """Writes the differences from the config file, the tokenizer, the text's digest, and last config.json."""
     values = dict(changes), tokenizer.state(), {"sha256": digest}, config_lib.to_dict(config)
@@ -86,14 +88,14 @@ def check_digest(workdir: Path, digest: str) -> None:
         )
 
 
-def load_text(workdir: Path | None, config: Config, tokenizer: tokenizers.Tokenizer | None) -> data.Dataset:
-    """The text that a run or a comparison in `workdir` began with, as data.load gives it.
+def load_text(workdir: Path | None, config: Config, tokenizer: text_codec.Tokenizer | None) -> dataset_lib.Dataset:
+    """The text that a run or a comparison in `workdir` began with, as dataset.load gives it.
 
     Raises:
-      UserError: it is another text now, or what data.load raises.
+      UserError: it is another text now, or what dataset.load raises.
     """
     try:
-        dataset = data.load(config, tokenizer)
+        dataset = dataset_lib.load(config, tokenizer)
     except UserError:  # as where a new character is in it: say first that it is another text
         if workdir is not None:
             check_digest(workdir, corpora.open_corpus(config.corpus).size[2])
@@ -119,11 +121,11 @@ def load_config(workdir: Path) -> Config:
     return config_lib.from_dict(read_json(workdir / "config.json", "its config"))
 
 
-def load_tokenizer(workdir: Path) -> tokenizers.Tokenizer:
+def load_tokenizer(workdir: Path) -> text_codec.Tokenizer:
     """The tokenizer of a run."""
     state = read_json(workdir / "tokenizer.json", "its tokenizer")
     try:
-        return tokenizers.from_state(state)
+        return text_codec.from_state(state)
     except Exception as error:
         raise UserError(f"'{workdir / 'tokenizer.json'}' (its tokenizer) is damaged: {error!r}.") from None
 

@@ -144,7 +144,7 @@ _SHADES = (236, 238, 52, 88, 124, 160, 196)  # of a terminal's 256 colours, from
 def shade(pieces: Sequence[str], surprises: Iterable[Any], *, top: float | int = 5) -> Text:
     """A text for a terminal, each token on a ground that is the redder the more it surprises.
 
-    >>> console.print(logs.shade(tokenizers.pieces(lm.tokenizer, sample.tokens), -sample.log_probability))
+    >>> console.print(logs.shade(text_codec.pieces(lm.tokenizer, sample.tokens), -sample.log_probability))
 
     Args:
       pieces: the tokens' texts.

@@ -7,7 +7,7 @@ from its own window alone.
 import numpy as np
 from jaxtyping import Float, Integer, Shaped
 
-from textgen import windows
+from textgen.evaluation import windows
 
 ENOUGH = 50_000  # tokens to choose a mixture's weights on
 STEPS = 200  # of expectation maximisation; the weights are then still to 4 digits

@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from textgen import models, parallel, train
+from textgen import models, parallel
 from textgen.comparison.arms import BudgetConfig
 from textgen.config import Config, UserError, require
+from textgen.training import loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ def cost(config: Config, vocab_size: int) -> Cost:
     return Cost(
         parameters=sum(size for _, size in sizes),
         non_embedding_parameters=sum(size for names, size in sizes if not names & {"embedding", "positions", "head"}),
-        train_flops=train.flops_per_token(model, config) * tokens,
+        train_flops=loop.flops_per_token(model, config) * tokens,
         tokens=tokens,
         width=config.model.width,
         steps=config.train.steps,

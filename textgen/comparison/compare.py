@@ -11,13 +11,16 @@ import numpy as np
 
 from textgen import checkpoints as checkpoints_lib
 from textgen import config as config_lib
-from textgen import data, evaluate, inference, logs, train
+from textgen import logs, trained_model
 from textgen.comparison import budget, report
 from textgen.comparison.arms import Comparison
 from textgen.comparison.jobs import Job, Run
 from textgen.comparison.ledger import Ledger
 from textgen.config import Config, UserError, require
+from textgen.data import dataset
+from textgen.evaluation import evaluator as evaluator_lib
 from textgen.models import ngram
+from textgen.training import loop
 
 
 class Session:
@@ -38,7 +41,7 @@ class Session:
         began = self.ledger.began
         kept = self.ledger.load_tokenizer() if began else None
         self.dataset = checkpoints_lib.load_text(self.workdir if began else None, self.base, kept)
-        data.check(self.base, self.dataset)
+        dataset.check(self.base, self.dataset)
         self.vocab_size = self.dataset.tokenizer.vocab_size
         tokens = self.dataset.train.tokens
         cut = int(len(tokens) * (1 - self.compare.dev_fraction))
@@ -72,7 +75,7 @@ class Session:
                     f"The arms '{other}' and '{name}' do not differ once the budget of equal "
                     f"{self.compare.budget.kind} is solved: they would be one model.",
                 )
-            data.Batches(self.tuning_tokens, configs[name].data, 0)
+            dataset.Batches(self.tuning_tokens, configs[name].data, 0)
         require(
             len(self.dev_tokens) > 1, f"compare.dev_fraction={self.compare.dev_fraction} leaves nothing to tune on."
         )
@@ -103,7 +106,7 @@ class Session:
           command: what was typed, for the report.
 
         Raises:
-          train.Interrupted: by a signal; everything so far is saved.
+          loop.Interrupted: by a signal; everything so far is saved.
           UserError: every run failed.
         """
         tuned = len(self.compare.learning_rates) * self.compare.tuning_seeds
@@ -111,7 +114,7 @@ class Session:
         done = sum((work[arm] * tuned for arm in self.configs if self.ledger.tuning_file(arm).exists()), 0.0)
         done += sum(work[a] for a in self.configs for s in self.ledger.seeds if self.ledger.result_file(a, s).exists())
         total = sum(work.values()) * (tuned + self.compare.seeds)
-        with train.stop_on_signals() as self.stopping, logs.Overview(total, done) as self.display:
+        with loop.stop_on_signals() as self.stopping, logs.Overview(total, done) as self.display:
             self._each_job(self._tuning_runs(), self._tune)
             self._each_job(self._final_runs(), self._train, self._has_result)
         results = self.ledger.results(
@@ -179,7 +182,7 @@ class Session:
                 self.failures |= dict.fromkeys(names, text)
                 self.display.print(f"failed: {', '.join(names)}: {text}")
             if self.stopping():
-                raise train.Interrupted
+                raise loop.Interrupted
 
     def _job(self, runs: list[Run], name: str, tokens: np.ndarray, held_out: np.ndarray) -> Job:
         return Job(
@@ -279,7 +282,7 @@ class Session:
                 ngram.fit(self.dataset.train.tokens, order, self.vocab_size),
                 ngram.NGram(order, self.vocab_size),
             )
-            evaluator = evaluate.Evaluator(model, window=base.eval_window, batch_size=base.eval.batch_size)
+            evaluator = evaluator_lib.Evaluator(model, window=base.eval_window, batch_size=base.eval.batch_size)
             made[f"{order}-gram"] = evaluator.window_nats(tables, tokens)
         if made:
             made[f"{order}-gram, whole context"] = ngram.nats(tables, tokens)
@@ -316,7 +319,7 @@ def _diverged(error: str) -> dict[str, Any]:
     return {"status": "diverged", "error": error, "loss": None, "nats": None, "samples": []}
 
 
-def _samples(lm: inference.TextModel) -> list[dict[str, Any]]:
+def _samples(lm: trained_model.TrainedModel) -> list[dict[str, Any]]:
     """A sample for each temperature of the config. All models draw with the same keys."""
     sample = lm.config.sample
     made = lm.samples(

@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from textgen import checkpoints, data, inference, windows
-from textgen.inference import TextModel
+from textgen import checkpoints, trained_model
+from textgen.data import dataset as dataset_lib
+from textgen.evaluation import windows
+from textgen.trained_model import TrainedModel
 
 RATES = (3e-4, 1e-3, 3e-3)  # to choose from
 DECAY = 1e-3  # of the way back to the trained parameters, per window
@@ -23,7 +25,7 @@ HISTORY = 200  # windows of training text that the size of gradients is measured
 
 
 def nats(
-    lm: TextModel, tokens: Shaped[np.ndarray, "T"], *, history: Shaped[np.ndarray, "M"], rates: Sequence[float]
+    lm: TrainedModel, tokens: Shaped[np.ndarray, "T"], *, history: Shaped[np.ndarray, "M"], rates: Sequence[float]
 ) -> Float[np.ndarray, "R N"]:
     """-ln p of each token after the first, in windows of eval.window, each learned from once it is predicted.
 
@@ -43,7 +45,11 @@ def nats(
 
 
 def chosen(
-    lm: TextModel, tokens: Shaped[np.ndarray, "T"], *, history: Shaped[np.ndarray, "M"], rates: Sequence[float] = RATES
+    lm: TrainedModel,
+    tokens: Shaped[np.ndarray, "T"],
+    *,
+    history: Shaped[np.ndarray, "M"],
+    rates: Sequence[float] = RATES,
 ) -> tuple[Float[np.ndarray, "N"], list[float]]:
     """The same, each half of the text with the rate that was best on the other half; 0 where none helps.
 
@@ -73,8 +79,8 @@ def add(folder: str | Path) -> None:
         for run in arm["runs"]:
             if run["status"] != "done" or (arm["name"], run["seed"]) in known:
                 continue
-            lm = inference.load(folder / arm["name"] / str(run["seed"]))
-            dataset = dataset or data.load(lm.config, lm.tokenizer)
+            lm = trained_model.load(folder / arm["name"] / str(run["seed"]))
+            dataset = dataset or dataset_lib.load(lm.config, lm.tokenizer)
             tokens = dataset.validation.tokens[: lm.config.eval.max_tokens]
             made, rates = chosen(lm, tokens, history=dataset.train.tokens)
             name = f"nats/{arm['name']}/{run['seed']}.dynamic.npy"

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Integer
 
-from textgen import data, parallel, train
+from textgen import parallel
 from textgen.config import Config
+from textgen.data import dataset
 from textgen.models import LanguageModel
+from textgen.training import loop
 
 
 class Ensemble:
@@ -30,7 +32,7 @@ class Ensemble:
         """Args: members: (seed, learning rate) of each; at_once: None: what is fast on this device."""
         self.config, self.members = config, tuple(members)
         self.at_once = min(at_once or default_at_once(), len(self.members))
-        self.trainer = train.Trainer(model, config, parallel.make_mesh(config))
+        self.trainer = loop.Trainer(model, config, parallel.make_mesh(config))
         self._rates = jnp.array([rate for _, rate in self.members], jnp.float32)
         self._everywhere = jax.sharding.NamedSharding(self.trainer.mesh, jax.P())
         self.abstract = jax.tree.map(
@@ -48,22 +50,22 @@ class Ensemble:
 
         self._steps = jax.jit(steps, donate_argnums=0, out_shardings=self._everywhere)
 
-    def _init(self) -> train.State:
+    def _init(self) -> loop.State:
         # One after another: XLA's CPU backend can hang in the batched QR decompositions that vmap makes
         # of the LSTM's orthogonal initialisation (jax 0.10.2, two cores).
         return jax.lax.map(self.trainer._init, jnp.array([seed for seed, _ in self.members], jnp.uint32))
 
-    def init(self) -> train.State:
+    def init(self) -> loop.State:
         """The state of all members at step 0, each leaf [S, ...]."""
         return jax.jit(self._init, out_shardings=self._everywhere)()
 
     def dispatch(
         self,
-        state: train.State,
+        state: loop.State,
         windows: Integer[np.ndarray, "S K B T1"],
         fresh: Bool[np.ndarray, "K"],
         targets: Integer[np.ndarray, "S K B T"] | None = None,
-    ) -> tuple[train.State, dict[str, Array]]:
+    ) -> tuple[loop.State, dict[str, Array]]:
         """Takes K' <= K steps of every member; the running sums after each, [S, K] with K' filled."""
         count, most = windows.shape[1], self.config.train.steps_per_dispatch
         if count < most:
@@ -72,9 +74,9 @@ class Ensemble:
             targets = None if targets is None else np.pad(targets, lacking)
         return self._steps(state, windows, fresh, targets, np.int32(count), self._rates)
 
-    def batches(self, tokens: data.Tokens) -> "MemberBatches":
+    def batches(self, tokens: dataset.Tokens) -> "MemberBatches":
         """What each member trains on."""
-        return MemberBatches([data.Batches(tokens, self.config.data, seed) for seed, _ in self.members])
+        return MemberBatches([dataset.Batches(tokens, self.config.data, seed) for seed, _ in self.members])
 
 
 class MemberBatches:
@@ -89,7 +91,7 @@ class MemberBatches:
         return np.stack(windows), fresh[0], *(np.stack(some) for some in targets)
 
 
-def member(state: train.State, index: int) -> train.State:
+def member(state: loop.State, index: int) -> loop.State:
     """One member's state, as a run by itself has it."""
     return jax.tree.map(lambda leaf: leaf[index], parallel.on_one(state))
 

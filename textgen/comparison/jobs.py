@@ -13,10 +13,12 @@ import numpy as np
 from jaxtyping import Shaped
 
 from textgen import checkpoints as checkpoints_lib
-from textgen import data, inference, logs, models, train
+from textgen import logs, models, trained_model
+from textgen.codecs.text import Tokenizer
 from textgen.comparison import ensemble
 from textgen.config import Config
-from textgen.tokenizers import Tokenizer
+from textgen.data import dataset
+from textgen.training import loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Job:
         folder: Path,
         *,
         tokenizer: Tokenizer,
-        tokens: data.Tokens,
+        tokens: dataset.Tokens,
         held_out: Shaped[np.ndarray, "M"],
         at_once: int | None,
     ):
@@ -62,7 +64,7 @@ class Job:
         model = models.build(self.config, tokenizer.vocab_size)
         self.ensemble = ensemble.Ensemble(model, self.config, [(r.seed, r.learning_rate) for r in runs], at_once)
         self.batches = self.ensemble.batches(tokens)
-        self._lm = inference.TextModel(model, None, tokenizer, self.config, 0)
+        self._lm = trained_model.TrainedModel(model, None, tokenizer, self.config, 0)
         self.state: Any = None
         self.initial_losses: list[float] = []
         self._progress: dict[str, Any] = {"diverged": {}, "seconds": [], "first": []}
@@ -87,11 +89,11 @@ class Job:
             seconds.append((time.perf_counter() - began) / count / len(self.runs))
         return statistics.median(seconds[1:])
 
-    def member(self, index: int) -> train.State:
+    def member(self, index: int) -> loop.State:
         """A member's state, as a run by itself has it."""
         return ensemble.member(self.state, index)
 
-    def model(self, index: int) -> inference.TextModel:
+    def model(self, index: int) -> trained_model.TrainedModel:
         """A member as it now is, in use."""
         member = self.member(index)
         return self._lm.with_params(member.eval_params, int(member.step))
@@ -116,12 +118,12 @@ class Job:
 
         Args:
           on_step: called with (step, steps in the dispatch, mean training loss) when a dispatch is read.
-          stopping: whether a stop was asked for; see `train.stop_on_signals`.
+          stopping: whether a stop was asked for; see `loop.stop_on_signals`.
           writers: opens each member's log, to go on at a step; then members are evaluated on the
             way. None: neither.
 
         Raises:
-          train.Interrupted: when a stop was asked for; everything so far is saved.
+          loop.Interrupted: when a stop was asked for; everything so far is saved.
         """
         config, last = self.config, self.config.train.steps
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -139,11 +141,11 @@ class Job:
 
         compiled = False
 
-        def save(step: int, state: train.State) -> None:
+        def save(step: int, state: loop.State) -> None:
             checkpoints_lib.write_json(progress, self._progress)
             checkpoints.save(step, state, None)
 
-        def evaluate_now(step: int, state: train.State) -> None:
+        def evaluate_now(step: int, state: loop.State) -> None:
             if step == last:
                 return  # the final evaluation is the caller's
             self.state = state
@@ -151,13 +153,13 @@ class Job:
                 writer.scalars(step, {"eval/loss": self.loss(i)})
                 writer.flush()
 
-        def read(first: int, count: int, rows: dict[str, np.ndarray], timing: train.Timing) -> None:
+        def read(first: int, count: int, rows: dict[str, np.ndarray], timing: loop.Timing) -> None:
             nonlocal compiled
             self._progress["seconds" if compiled else "first"].append(timing.seconds / count)
             compiled = True
             for i, run in enumerate(self.runs):
                 mine = {name: values[i] for name, values in rows.items()}
-                for row in train.curve(run.config, self.batches.steps_per_epoch, first, count, mine, timing):
+                for row in loop.curve(run.config, self.batches.steps_per_epoch, first, count, mine, timing):
                     if opened:
                         opened[i].scalars(*row)
                 if mine["skipped_in_a_row"][:count].max() >= config.train.max_skipped_steps:
@@ -165,15 +167,15 @@ class Job:
             nats, tokens = rows["nats"][:, count - 1].sum(), rows["tokens"][:, count - 1].sum()
             on_step(first + count, count, float(nats / max(tokens, 1)))
             if len(self._progress["diverged"]) == len(self.runs):
-                raise train.Diverged
+                raise loop.Diverged
 
-        pauses = [(train.every(config.eval.every_steps, last), evaluate_now)] if opened else []
-        pauses.append((train.every(config.checkpoint.every_steps, last), save))
+        pauses = [(loop.every(config.eval.every_steps, last), evaluate_now)] if opened else []
+        pauses.append((loop.every(config.checkpoint.every_steps, last), save))
         try:
-            self.state = train.drive(
+            self.state = loop.run_steps(
                 self.ensemble, self.state, self.batches, read=read, pauses=pauses, save=save, stopping=stopping
             )
-        except train.Diverged:
+        except loop.Diverged:
             pass
         finally:
             for writer in opened:

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen import checkpoints, data, tokenizers
+from textgen import checkpoints
 from textgen import config as config_lib
+from textgen.codecs import text
 from textgen.comparison import budget
 from textgen.comparison.arms import Comparison
 from textgen.config import Config, UserError, require
+from textgen.data import dataset as dataset_lib
 
 SETUP = ("plan.json", "tokenizer.json", "corpus.json", "comparison.json")  # in the order that they are written
 # What may differ when a comparison goes on: nothing that a result depends on.
@@ -74,7 +76,7 @@ class Ledger:
         saved = checkpoints.read_json(self.workdir / "plan.json", "its plan")
         return saved["value"], {name: config_lib.from_dict(tree) for name, tree in saved["configs"].items()}
 
-    def load_tokenizer(self) -> tokenizers.Tokenizer | None:
+    def load_tokenizer(self) -> text.Tokenizer | None:
         """The tokenizer that the comparison began with; None of one that is older than this file."""
         return checkpoints.load_tokenizer(self.workdir) if (self.workdir / "tokenizer.json").exists() else None
 
@@ -89,7 +91,7 @@ class Ledger:
             )
 
     def save_plan(
-        self, value: float, configs: Mapping[str, Config], parameters: Mapping[str, int], dataset: data.Dataset
+        self, value: float, configs: Mapping[str, Config], parameters: Mapping[str, int], dataset: dataset_lib.Dataset
     ) -> None:
         """Makes the folder: from now on it is this comparison's."""
         plan = {
@@ -127,7 +129,7 @@ class Ledger:
 
     def results(
         self,
-        dataset: data.Dataset,
+        dataset: dataset_lib.Dataset,
         dev_tokens: int,
         value: float,
         configs: Mapping[str, Config],

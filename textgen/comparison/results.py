@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from textgen import checkpoints, data, tokenizers
+from textgen import checkpoints
 from textgen import config as config_lib
+from textgen.codecs import text
 from textgen.comparison import analysis, statistics
+from textgen.data import dataset as dataset_lib
 from textgen.errors import UserError, require
 
 
@@ -213,13 +215,13 @@ class Results:
     # The text
 
     @cached_property
-    def text(self) -> tuple[tokenizers.Tokenizer, np.ndarray, np.ndarray] | None:
+    def text(self) -> tuple[text.Tokenizer, np.ndarray, np.ndarray] | None:
         """The tokenizer, the validation tokens that were predicted (and the first), and the training tokens.
 
         Read from the corpus anew; None where that is gone or has changed.
         """
         try:
-            dataset = data.load(config_lib.from_dict(self.arms[0].record["config"]))
+            dataset = dataset_lib.load(config_lib.from_dict(self.arms[0].record["config"]))
         except UserError:
             return None
         same = dataset.corpus.size[2] == self.record["corpus"]["sha256"]

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from textgen import inference, sampling
+from textgen import trained_model
 from textgen.config import UserError, require
+from textgen.generation import transforms
 
 TEMPERATURES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6)
 
@@ -15,8 +16,8 @@ TEMPERATURES = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.4, 1.6)
 def chains(
     temperatures: Sequence[str | float] | None = None,
     samplers: Sequence[str] | None = None,
-    encode: sampling.Encode | None = None,
-) -> list[sampling.Chain]:
+    encode: transforms.Encode | None = None,
+) -> list[transforms.Chain]:
     """The chains that the flags ask for: one for each temperature, or each sampler.
 
     Args:
@@ -27,12 +28,12 @@ def chains(
     """
     require(not (temperatures and samplers), "Give either --temperatures or --sampler: a chain holds its own.")
     if samplers:
-        found = [sampling.parse(text, encode) for text in samplers]
+        found = [transforms.parse(text, encode) for text in samplers]
     else:
         require(
             temperatures is None or len(temperatures), "--temperatures is empty: give one or more, or leave it out."
         )
-        found = [sampling.chain(sampling.temperature(_number(t))) for t in temperatures or TEMPERATURES]
+        found = [transforms.chain(transforms.temperature(_number(t))) for t in temperatures or TEMPERATURES]
     texts = [str(chain) for chain in found]
     twice = next((text for text in texts if texts.count(text) > 1), None)
     require(twice is None, f"The setting {twice} comes twice: leave one out.")
@@ -46,7 +47,7 @@ def _number(text: str | float) -> float:
         raise UserError(f"--temperatures takes numbers with commas between, such as 0.5,0.8,1; got '{text}'.") from None
 
 
-def knob(chains: Sequence[sampling.Chain]) -> tuple[str, list[float]] | None:
+def knob(chains: Sequence[transforms.Chain]) -> tuple[str, list[float]] | None:
     """The one number in which the chains differ, and its values; None where that is not all that differs."""
     names = [[(t.name, np.shape(n)) for t in chain.transforms for n in t.numbers] for chain in chains]
     if any(name != names[0] for name in names):
@@ -59,14 +60,14 @@ def knob(chains: Sequence[sampling.Chain]) -> tuple[str, list[float]] | None:
 
 
 def samples(
-    lm: inference.TextModel,
+    lm: trained_model.TrainedModel,
     prompts: Sequence[str],
-    chains: Sequence[sampling.Chain],
+    chains: Sequence[transforms.Chain],
     *,
     length: int,
     num_samples: int,
     seed: int,
-) -> list[list[inference.Sample]]:
+) -> list[list[trained_model.Sample]]:
     """For each chain what `lm.samples(prompts, sampler=chain, ...)` gives, with the same random keys.
 
     Chains that differ in numbers alone are one batch, with each row's numbers beside it: one
@@ -77,7 +78,7 @@ def samples(
         lists = [n for n in jax.tree.leaves(chain) if np.ndim(n)]  # shared by all rows
         key = (jax.tree.structure(chain), tuple((n.shape, n.tobytes()) for n in lists))
         groups.setdefault(key, []).append(i)
-    made: dict[int, list[inference.Sample]] = {}
+    made: dict[int, list[trained_model.Sample]] = {}
     rows = len(prompts) * num_samples
     for group in groups.values():
         stack = lambda *numbers: numbers[0] if np.ndim(numbers[0]) else np.repeat(np.stack(numbers), rows)

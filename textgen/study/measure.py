@@ -10,10 +10,13 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from textgen import data, inference, models, sampling, textmetrics, windows
+from textgen import models, trained_model
+from textgen.codecs.text import Tokenizer, pieces
+from textgen.data import dataset as dataset_lib
+from textgen.evaluation import windows
+from textgen.generation import transforms
 from textgen.models import ngram
-from textgen.study import ladder
-from textgen.tokenizers import Tokenizer, pieces
+from textgen.study import ladder, textmetrics
 
 SOURCE = 5_000_000  # characters (and tokens) of the training text, from its start, that texts are held against
 
@@ -197,14 +200,14 @@ def _crossing(values: Sequence[float], difference: Any) -> Any:
 
 
 def explore(
-    lm: inference.TextModel,
+    lm: trained_model.TrainedModel,
     prompts: Sequence[str],
-    chains: Sequence[sampling.Chain],
+    chains: Sequence[transforms.Chain],
     *,
     length: int = 400,
     num_samples: int = 8,
     seed: int = 0,
-    judges: dict[str, inference.TextModel] | None = None,
+    judges: dict[str, trained_model.TrainedModel] | None = None,
 ) -> Study:
     """Samples every chain, measures the texts, and measures as much unseen text in the same way.
 
@@ -217,8 +220,8 @@ def explore(
     Raises:
       UserError: what cannot be sampled, or a corpus that cannot be read again.
     """
-    dataset = data.load(lm.config, lm.tokenizer)
-    end, *_ = data.bounds(dataset.corpus.size[0], lm.config.corpus)
+    dataset = dataset_lib.load(lm.config, lm.tokenizer)
+    end, *_ = dataset_lib.bounds(dataset.corpus.size[0], lm.config.corpus)
     source = "".join(dataset.corpus.slice(0, min(end, SOURCE)))
     lexicon = set(textmetrics.words(f". {source} ."))
     knob_of, order = ladder.knob(chains), list(range(len(chains)))
@@ -264,7 +267,9 @@ def explore(
     )
 
 
-def _matches(settings: list[Texts], made: list[list[inference.Sample]], unseen: Texts, losses: Any) -> dict[str, Match]:
+def _matches(
+    settings: list[Texts], made: list[list[trained_model.Sample]], unseen: Texts, losses: Any
+) -> dict[str, Match]:
     values = [s.value for s in settings]
     found = {
         "surprise": matching(values, np.stack([s.surprise for s in settings]), losses),
@@ -278,7 +283,9 @@ def _matches(settings: list[Texts], made: list[list[inference.Sample]], unseen: 
     return {name: match for name, match in found.items() if match}
 
 
-def _unseen(lm: inference.TextModel, split: data.Split, given: int, length: int, count: int) -> tuple[Texts, Any]:
+def _unseen(
+    lm: trained_model.TrainedModel, split: dataset_lib.Split, given: int, length: int, count: int
+) -> tuple[Texts, Any]:
     """Pieces of `given` + `length` tokens, as prompt and text: `count` of them, and the loss of all."""
     tokens = split.tokens[: lm.config.eval.max_tokens]
     span = min(given + length, lm.model.max_positions or len(tokens), len(tokens))
@@ -311,7 +318,7 @@ def _counted(texts: Texts, lexicon: set[str], copies: list[int]) -> dict[str, fl
     }
 
 
-def _passage(lm: inference.TextModel, split: data.Split, length: int = 560, before: int = 80) -> Passage:
+def _passage(lm: trained_model.TrainedModel, split: dataset_lib.Split, length: int = 560, before: int = 80) -> Passage:
     """From the middle of a text, read with some tokens before it."""
     length = min(length, len(split.tokens) - 1, lm.model.max_positions or length)
     before = min(before, length // 4)

@@ -1,0 +1,1 @@
+"""Corpora, token arrays on disk, the batches that a step sees, and synthetic tasks."""

@@ -1,0 +1,1 @@
+"""Losses, optimizers, the jitted step and the loop around it."""
