@@ -5,6 +5,7 @@
     python -m experiments.train --config=configs/shakespeare.py:gru           GRU, with the LSTM's settings
     python -m experiments.train --config=configs/shakespeare.py:mingru        minGRU, with the Transformer's
     python -m experiments.train --config=configs/shakespeare.py:hybrid        minGRU and sliding attention, likewise
+    python -m experiments.train --config=configs/shakespeare.py:gpu           nanoGPT's recipe for one GPU, 10.65 million
 
 README.md has the losses and times that were measured. The settings were chosen on the last tenth
 of the training text; the validation text was not looked at. Those of the last three are not tuned
@@ -19,7 +20,7 @@ from configs import base
 
 
 def get_config(arg: str = "transformer"):
-    """Args: arg: the backbone; those without settings of their own here take the Transformer's."""
+    """Args: arg: the backbone, or gpu; backbones without settings of their own here take the Transformer's."""
     config = base.get_config()
     config.corpus.name = "tiny_shakespeare"
     config.data.window = 128
@@ -28,6 +29,8 @@ def get_config(arg: str = "transformer"):
     config.optimizer.name = "muon"
     config.optimizer.adam_learning_rate = 1e-2
     config.optimizer.final_fraction = 0.02
+    if arg == "gpu":
+        return _for_a_gpu(config)
     config.model.backbone = arg
     if arg in ("lstm", "gru"):
         config.model.width = 256
@@ -52,4 +55,29 @@ def get_config(arg: str = "transformer"):
         config.train.steps_per_dispatch = 15
         config.eval.every_steps = config.checkpoint.every_steps = 450
         config.log.every_steps = 15
+    return config
+
+
+def _for_a_gpu(config):
+    """The sizes, optimizer and schedule of nanoGPT's config/train_shakespeare_char.py, in bfloat16."""
+    config.data.window = 256
+    config.data.batch_size = 64
+    config.model.width = 384
+    config.model.layers = 6
+    config.model.dropout = 0.2
+    config.model.norm = "layernorm"
+    config.model.compute_dtype = "bfloat16"
+    config.model.transformer.heads = 6
+    config.model.transformer.feed_forward_width = 1536
+    config.model.transformer.positions = "learned"
+    config.model.tie_embedding = True
+    config.optimizer.name = "adamw"
+    config.optimizer.adam_learning_rate = None
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.final_fraction = 0.1
+    config.optimizer.clip_norm = 1.0
+    config.train.steps = 5000
+    config.train.steps_per_dispatch = 50
+    config.eval.every_steps = config.checkpoint.every_steps = 1000
+    config.log.every_steps = 50
     return config
