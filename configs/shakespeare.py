@@ -5,7 +5,7 @@
     python -m experiments.train --config=configs/shakespeare.py:gru           GRU, with the LSTM's settings
     python -m experiments.train --config=configs/shakespeare.py:mingru        minGRU, with the Transformer's
     python -m experiments.train --config=configs/shakespeare.py:hybrid        minGRU and sliding attention, likewise
-    python -m experiments.train --config=configs/shakespeare.py:gpu           nanoGPT's recipe for one GPU, 10.65 million
+    python -m experiments.train --config=configs/shakespeare.py:gpu           nanoGPT's recipe for a GPU, 10.65 million
 
 README.md has the losses and times that were measured. The settings were chosen on the last tenth
 of the training text; the validation text was not looked at. Those of the last three are not tuned
