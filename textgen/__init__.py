@@ -28,7 +28,7 @@ Dimensions in shapes: B batch, T time, V vocabulary, D width, H heads, G key/val
 width, F feed-forward width, L layers, S slots of a past, N sequences or tokens generated.
 """
 
-__all__ = ["UserError", "load"]
+__all__ = ["UserError", "__version__", "load"]
 
 
 def __dir__() -> list[str]:
@@ -45,4 +45,11 @@ def __getattr__(name: str):
         from textgen.config import UserError
 
         return UserError
+    if name == "__version__":  # pyproject.toml is its one source, read through what is installed
+        from importlib import metadata
+
+        try:
+            return metadata.version("textgen")
+        except metadata.PackageNotFoundError:  # a clone on the path that was never installed
+            return "0+uninstalled"
     raise AttributeError(f"module 'textgen' has no attribute '{name}'")
