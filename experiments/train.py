@@ -13,7 +13,7 @@ flags.mark_flag_as_required("config")
 
 
 def main() -> None:
-    from textgen import config, logs, parallel
+    from textgen import logs, parallel
     from textgen import session as session_lib
 
     session_lib.use_compilation_cache()
@@ -23,7 +23,7 @@ def main() -> None:
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     workdir = Path("runs") / Path(file.replace(":", "-").replace(".py", "")).name
     workdir = workdir if _WORKDIR.value is None else _WORKDIR.value
-    session = session_lib.open_session(config.from_dict(_CONFIG.value), workdir, overrides)
+    session = session_lib.open_session(_CONFIG.value, workdir, overrides)
     logs.console.print(session.describe())
     session.run()
 

@@ -11,7 +11,7 @@ from conftest import tiny
 
 from configs import base
 from textgen import config as config_lib
-from textgen import models
+from textgen import errors, models
 from textgen.config import UserError
 from textgen.data import dataset
 
@@ -160,3 +160,25 @@ def test_base_has_every_key_and_a_saved_config_may_lack_the_youngest():
     del whole["model"]["width"]
     with pytest.raises(UserError, match=r"The config lacks the key .model\.width."):
         config_lib.from_dict(whole)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 2), (100, 10), (101, 100), (9, 0), (1, 0)])
+def test_a_warm_up_that_does_not_fit_is_shortened_and_says_so(steps, warmup, capsys):
+    errors.note.cache_clear()
+    source = base.get_config()
+    source.corpus.path, source.train.steps = "unused", steps
+    config = config_lib.from_dict(config_lib.shorten_warmup(source))
+    assert config.optimizer.warmup_steps == warmup
+    assert source.optimizer.warmup_steps == 100
+    lines = capsys.readouterr().err.splitlines()
+    short = [f"optimizer.warmup_steps=100 is shortened to {warmup}: train.steps={steps}."]
+    assert lines == (short if warmup < 100 else [])
+    saved = config_lib.from_dict(config_lib.to_dict(config))
+    config_lib.check_resume(saved, config_lib.from_dict(config_lib.shorten_warmup(source)))
+
+
+def test_a_warm_up_that_was_set_on_the_command_line_is_refused_and_not_shortened():
+    source = base.get_config()
+    source.corpus.path, source.train.steps = "unused", 20
+    with pytest.raises(config_lib.UserError, match="warmup_steps=100 must be below"):
+        config_lib.from_dict(config_lib.shorten_warmup(source, {"optimizer.warmup_steps": 100}))

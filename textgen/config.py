@@ -10,12 +10,12 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
-from textgen.errors import UserError, did_you_mean, require
+from textgen.errors import UserError, did_you_mean, note, require
 from textgen.schema import (
     CheckpointConfig,
     Config,
@@ -106,6 +106,27 @@ def from_dict(source: ConfigDict | Mapping) -> Config:
     for section in ("compare", "probes"):
         require(section not in source, f"The config has a section '{section}': it is for experiments.{section}.")
     return build(source, Config, "")
+
+
+def shorten_warmup(source: ConfigDict, overrides: Iterable[str] = ()) -> ConfigDict:
+    """Return `source` with a warm-up that ends before the last step, and say so on stderr where it was too long.
+
+    A Config itself refuses such a warm-up. This is for what a user wrote: a config whose train.steps alone was
+    lowered. It is a function of the config, so the same command resumes the same run.
+
+    Args:
+      source: the user's config; it is left as it is.
+      overrides: the keys set on the command line. A warm-up that was set there is not changed.
+    """
+    flat = flatten(source.to_dict())
+    warmup, steps = flat.get("optimizer.warmup_steps"), flat.get("train.steps")
+    checked = isinstance(warmup, int) and isinstance(steps, int)  # other types are refused by from_dict
+    if not checked or not 0 < steps <= warmup or "optimizer.warmup_steps" in overrides:
+        return source
+    note(f"optimizer.warmup_steps={warmup} is shortened to {steps // 10}: train.steps={steps}.")
+    shortened = source.copy_and_resolve_references()
+    shortened.optimizer.warmup_steps = steps // 10
+    return shortened
 
 
 def to_dict(config: Any) -> dict[str, Any]:

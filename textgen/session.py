@@ -364,7 +364,8 @@ def open_session(
     >>> session = session.open_session(tiny.get_config("lstm"), "runs/mine")
     >>> session.run()  # trains; what was trained is session.model, or textgen.load("runs/mine")
     """
-    config = config if isinstance(config, Config) else config_lib.from_dict(config)
+    if not isinstance(config, Config):
+        config = config_lib.from_dict(config_lib.shorten_warmup(config, overrides or ()))
     kind = CountingSession if config.model.backbone == "ngram" else Session
     return kind(config, workdir, overrides)
 
