@@ -361,7 +361,7 @@ def open_session(
 ) -> Session:
     """The session that the config's model takes: see Session.
 
-    >>> session = session.open_session(tiny.get_config("lstm"), "runs/mine")
+    >>> session = open_session(tiny.get_config("lstm"), "runs/mine")
     >>> session.run()  # trains; what was trained is session.model, or textgen.load("runs/mine")
     """
     if not isinstance(config, Config):

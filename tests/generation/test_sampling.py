@@ -261,3 +261,32 @@ def test_a_chain_is_written_and_read():
 def test_what_is_wrong_with_a_chain_is_said(text, message):
     with pytest.raises(UserError, match=message):
         transforms.parse(text)
+
+
+@given(vocab=VOCABULARIES, seed=st.integers(0, 99), size=st.sampled_from([1.0, 1e-3, 1e4]))
+def test_temperature_one_is_the_identity_to_the_last_bit(vocab, seed, size):
+    z = jnp.asarray(random_logits(3, vocab, seed) * size).at[0, 0].set(-jnp.inf)
+    assume(vocab > 1)
+    np.testing.assert_array_equal(run(transforms.temperature(1.0), z), z)
+
+
+def test_a_temperature_before_a_penalty_does_not_change_what_is_penalised():
+    z = jnp.asarray([[3.0, 2.5, 0.0]])
+    penalty = transforms.repetition_penalty(5.0)
+    after = lambda *chain: follow(transforms.chain(*chain), z, [[0]])
+    np.testing.assert_array_equal(after(transforms.temperature(1.0), penalty), after(penalty))
+    np.testing.assert_allclose(after(penalty), [[0.6, 2.5, 0.0]], rtol=1e-6)
+
+
+def follow(chain, logits, prompts):
+    """What a chain makes of the logits after these prompts."""
+    prompts = np.asarray(prompts, np.int32)
+    lengths = np.full(len(prompts), prompts.shape[1], np.int32)
+    moment = transforms.Moment(jnp.zeros(len(prompts), jnp.int32), jnp.zeros(len(prompts)))
+    return chain.step(logits, chain.init(prompts, lengths, logits.shape[-1], prompts.shape[1] + 1), moment)[0]
+
+
+@pytest.mark.parametrize("t", [1e-38, 1e-30, 1e-3])
+def test_a_tiny_temperature_is_greedy_and_finite(t):
+    z = jnp.asarray([[1e4, 9e3, -1e4], [-5.0, -1.0, -3.0]])
+    np.testing.assert_allclose(probabilities(run(transforms.temperature(t), z)), [[1, 0, 0], [0, 1, 0]], atol=1e-6)

@@ -87,7 +87,7 @@ class Generator:
         self.max_positions = max_positions
 
         def prefill(params, prompts, lengths, copies, *, capacity):
-            logits, carry = step(params, prompts, init_carry(prompts.shape[0], capacity), lengths)
+            logits, carry = step(params, prompts, empty_carry(init_carry, prompts.shape[0], capacity), lengths)
             return jax.tree.map(lambda leaf: jnp.take(leaf, copies, axis=0), (carry, logits))
 
         def decode(params, state, keys, chain, guidance, *, steps):
@@ -225,6 +225,15 @@ class Generator:
         """All of `stream` at once: a Generated of NumPy arrays [B, length]."""
         chunks = list(self.stream(params, prompts, keys, chain, **options))
         return jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *chunks)
+
+
+def empty_carry(init_carry: Callable[[int, int], Any], rows: int, capacity: int) -> Any:
+    """Empty past for a prefill inside jit, hidden from XLA's constant folding.
+
+    A cache of zeros is a constant: without the barrier XLA evaluates the attention of every prompt over the
+    empty cache while it compiles, layer by layer, which takes tens of seconds for many prompts.
+    """
+    return jax.lax.optimization_barrier(init_carry(rows, capacity))
 
 
 def check_request(prompts: Sequence[Integer[np.ndarray, "_"]], length: int, num_samples: int = 1) -> None:

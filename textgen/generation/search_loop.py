@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from textgen.config import require
-from textgen.generation.scan import bucket, check_request, observe, pad, uniforms
+from textgen.generation.scan import bucket, check_request, empty_carry, observe, pad, uniforms
 from textgen.generation.search import Decoder, Step, Texts
 from textgen.generation.transforms import Chain, Moment
 
@@ -52,7 +52,7 @@ class Decoding:
 
         def run(params, prompts, lengths, keys, chain, decoder, length, end, *, room, capacity):
             rows, width = len(prompts), decoder.width
-            logits, carry = step(params, prompts, init_carry(rows, capacity), lengths)
+            logits, carry = step(params, prompts, empty_carry(init_carry, rows, capacity), lengths)
             memories = chain.init(prompts, lengths, logits.shape[-1], prompts.shape[1] + room)
             each = lambda leaf: jnp.repeat(leaf, width, axis=0)
             carry, logits, memories = jax.tree.map(each, (carry, logits, memories))

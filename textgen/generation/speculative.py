@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float, Integer
 
 from textgen.config import require
-from textgen.generation.scan import Generated, bucket, check_request, observe, pad
+from textgen.generation.scan import Generated, bucket, check_request, empty_carry, observe, pad
 from textgen.generation.transforms import Chain, Moment, draw
 from textgen.parallel import workers
 
@@ -80,7 +80,7 @@ def model_draft(step: Callable, init_carry: Callable[[int, int], Any], gamma: in
     _check_gamma(gamma)
 
     def begin(params, prompts, lengths, features, capacity):
-        return step(params, prompts, init_carry(len(prompts), capacity), lengths)[1]
+        return step(params, prompts, empty_carry(init_carry, len(prompts), capacity), lengths)[1]
 
     def propose(params, carry, token, chain, uniforms):
         def body(state, uniform):
@@ -180,7 +180,7 @@ class Speculator:
 
         def prefill(params, draft_params, prompts, lengths, *, capacity):
             before = lengths - 1
-            logits, features, carry = score(params, prompts, init_carry(len(prompts), capacity), before)
+            logits, features, carry = score(params, prompts, empty_carry(init_carry, len(prompts), capacity), before)
             start = draft.begin(draft_params, prompts, before, _last(features, before), capacity)
             token = jnp.take_along_axis(prompts, before[:, None], 1)[:, 0]
             return carry, start, token, prompts, lengths, logits[:, 0]

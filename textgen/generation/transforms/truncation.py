@@ -33,11 +33,14 @@ def temperature(value: Number) -> Transform:
 
 
 def scale(logits: Logits, t: Any) -> Logits:
+    """Logits over the temperature: T = 1 is the identity, so that what follows sees the model's own logits."""
     t = column(t)
-    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
-    shifted = logits - jnp.max(logits, -1, keepdims=True)
+    divisor = jnp.where(t > 0, t, 1)
+    top = jnp.max(logits, -1, keepdims=True)
+    # Only where the largest one would overflow are the logits shifted: penalties depend on their sign.
+    scaled = jnp.where(jnp.isfinite(top / divisor), logits, logits - top) / divisor
     first = jnp.arange(logits.shape[-1]) == jnp.argmax(logits, -1, keepdims=True)
-    return jnp.where(t > 0, shifted / jnp.where(t > 0, t, 1), jnp.where(first, 0.0, -jnp.inf))
+    return jnp.where(t > 0, scaled, jnp.where(first, 0.0, -jnp.inf))
 
 
 def greedy() -> Transform:
