@@ -14,6 +14,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from experiments import help
+
 
 class _OrNone(flags.ArgumentParser):
     """What another parser takes, or None, with which a key is not set."""
@@ -39,6 +41,8 @@ def launch(main: Callable[[], Any], *, goes_on: bool = False) -> None:
     logging.set_verbosity(logging.FATAL)  # the libraries below talk of every file; errors come as exceptions
 
     def parse(argv: list[str]) -> list[str]:
+        if help.asked(argv):
+            help.print_and_exit()
         file = _config_file(argv)
         try:
             rest = flags.FLAGS(argv)

@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import TEXT
 
+from configs import base
+from experiments import help as experiments_help
+from textgen.config import flatten
+from textgen.generation.transforms import TRANSFORMS
+
 ROOT = Path(__file__).parents[1]
 CACHE = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"), "JAX_PLATFORMS": "cpu"}
 TINY = [
@@ -239,3 +244,21 @@ def test_compare_is_stopped_and_goes_on(folder, call):
     assert "transformer, seed 2: validation loss" in done.stdout
     assert (workdir / "report.html").is_file()
     assert len(json.loads((workdir / "results.json").read_text())["arms"]) == 2
+
+
+def test_help_has_every_key_of_the_base_config():
+    keys = experiments_help.config_keys(experiments_help.BASE.read_text())
+    assert [key for key, _, _ in keys] and {key for key, _, _ in keys} == set(flatten(base.get_config().to_dict()))
+    assert all(comment for _, _, comment in keys)
+
+
+@pytest.mark.parametrize("name", ["train", "sample", "evaluate", "explore", "compare", "probes", "benchmark"])
+def test_help_shows_the_flags_and_exits_with_0(name, call):
+    done = call(name, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python -m experiments.{name}" in done.stdout
+    flag = {"benchmark": "only"}.get(name, "workdir")
+    assert f"  --{flag}: " in done.stdout
+    assert ("optimizer.warmup_steps = 100  # " in done.stdout) == (name in ("train", "compare", "probes"))
+    if name == "sample":
+        assert all(f"  {transform}(" in done.stdout for transform in TRANSFORMS)
