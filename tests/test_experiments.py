@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import TEXT
 
+import experiments
 from configs import base
-from experiments import help as experiments_help
 from textgen.config import flatten
 from textgen.generation.transforms import TRANSFORMS
 
@@ -247,7 +247,7 @@ def test_compare_is_stopped_and_goes_on(folder, call):
 
 
 def test_help_has_every_key_of_the_base_config():
-    keys = experiments_help.config_keys(experiments_help.BASE.read_text())
+    keys = experiments.config_keys(experiments.BASE.read_text())
     assert {key for key, _, _ in keys} == set(flatten(base.get_config().to_dict()))
     assert all(comment for _, _, comment in keys)
 
