@@ -170,7 +170,7 @@ def limits() -> dict[str, float]:
 def launch_alone(side: str) -> tuple[float, float]:
     """(seconds, peak MiB) of a process that takes one training step of SMALL and ends."""
     body = {
-        "ours": "from textgen import parallel, run; parallel.use_cores(); run.use_compilation_cache(); "
+        "ours": "from textgen import parallel, session; parallel.use_cores(); session.use_compilation_cache(); "
         "ours.training(ours.SMALL, 1)()",
         "PyTorch eager": "from experiments import peers; peers.training(ours.SMALL, 1)()",
     }[side]

@@ -60,6 +60,7 @@ def training(shape: Shape, steps: int = STEPS) -> Callable[[], None]:
     import numpy as np
 
     from textgen import parallel
+    from textgen.training import loop as loop_lib
 
     config, model = build(shape)
     trainer = loop_lib.Trainer(model, config, parallel.make_mesh(config))
@@ -119,6 +120,9 @@ def evaluation(shape: Shape) -> Callable[[], None]:
 def decoding(shape: Shape, model: Any = None, params: Any = None) -> Callable[[], Any]:
     """New tokens, and what the sampler tells of each; of an untrained model of that shape where none is given."""
     import numpy as np
+
+    from textgen.generation import scan as scan_lib
+    from textgen.generation import transforms as transforms_lib
 
     if model is None:
         model = build(shape)[1]
