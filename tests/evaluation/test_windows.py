@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 from conftest import noisy_params, tiny
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from textgen import models
 from textgen.evaluation import windows
 
 
+@settings(deadline=None)
 @given(length=st.integers(2, 60), window=st.integers(1, 20), multiple=st.integers(1, 5))
 def test_every_token_but_the_first_is_predicted_once_and_in_order(length, window, multiple):
     tokens = np.arange(100, 100 + length)
