@@ -289,16 +289,3 @@ def test_bad_requests_are_refused(one, prompts, options, message):
     _, params, generator = one
     with pytest.raises(UserError, match=message):
         generator(params, prompts, scan.row_keys(0, 1), CHAIN, **({"length": 2} | options))
-
-
-def test_a_prefill_hides_its_empty_cache_from_constant_folding():
-    model = models.build(tiny(), V)
-    step = lambda p, tokens, carry, lengths: model.apply({"params": p}, tokens, carry, lengths, method="next_token")
-
-    def prefill(params, prompts):
-        return step(params, prompts, scan.empty_carry(model.init_carry, len(prompts), 16), None)
-
-    program = jax.jit(prefill).lower(noisy_params(model), np.zeros((4, 8), np.int32))
-    barriers = [line for line in program.as_text().splitlines() if "optimization_barrier" in line]
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_carry(4, 16)))
-    assert any(line.count("tensor<") >= len(leaves) for line in barriers)

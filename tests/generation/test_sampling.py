@@ -291,3 +291,24 @@ def follow(chain, logits, prompts):
 def test_a_tiny_temperature_is_greedy_and_finite(t):
     z = jnp.asarray([[1e4, 9e3, -1e4], [-5.0, -1.0, -3.0]])
     np.testing.assert_allclose(probabilities(run(transforms.temperature(t), z)), [[1, 0, 0], [0, 1, 0]], atol=1e-6)
+
+
+EXAMPLES = {
+    "temperature": (0.7,), "greedy": (), "top_k": (3,), "top_p": (0.8,), "min_p": (0.2,), "typical": (0.7,),
+    "epsilon": (0.1,), "eta": (0.1,), "top_n_sigma": (1.0,), "mirostat": (1.0, 0.1), "xtc": (0.1, 1.0),
+    "temperature_schedule": (1.5, 0.5, 4), "repetition_penalty": (3.0,), "presence_penalty": (0.7,),
+    "frequency_penalty": (0.7,), "no_repeat_ngram": (2,), "dry": (0.8, 1.75, 1), "logit_bias": ([1, 3], [2.5, -1.0]),
+    "banned": ([0, 4],), "allowed": ([0, 1, 4],),
+}  # fmt: skip
+
+
+def test_there_is_an_example_of_every_transform():
+    assert set(EXAMPLES) == set(transforms.TRANSFORMS)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_temperature_one_before_a_transform_changes_nothing(name):
+    transform = transforms.TRANSFORMS[name](*EXAMPLES[name])
+    z, prompts = jnp.asarray(random_logits(3, 6)), [[0, 1, 0], [2, 2, 2], [5, 4, 3]]
+    alone = follow(transforms.chain(transform), z, prompts)
+    np.testing.assert_array_equal(follow(transforms.chain(transforms.temperature(1.0), transform), z, prompts), alone)
