@@ -218,5 +218,8 @@ def _asks_for_help(argv: list[str]) -> bool:
 
 def _print_help() -> None:
     """Print the help of the command that runs, and end the process with exit code 0."""
-    print(help_text(sys.modules["__main__"].__doc__ or "", sys.argv[0]))
+    try:
+        print(help_text(sys.modules["__main__"].__doc__ or "", sys.argv[0]), flush=True)
+    except BrokenPipeError:  # `--help | head`
+        os._exit(141)
     sys.exit(0)
